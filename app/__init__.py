@@ -1,0 +1,1 @@
+"""X-ray -> CT cascade: three 3D diffusion models trained one after another, coarse to fine."""
