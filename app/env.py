@@ -1,0 +1,142 @@
+"""The environment of the process: the only module that reads `os.environ`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from app.errors import ConfigError
+
+PLACEHOLDER = re.compile(r"\s*\{\{.*\}\}\s*", re.DOTALL)
+SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$|^NOTIFY_URL$")
+SHORTEST_SECRET = 4
+WANDB_MODES = ("online", "offline", "disabled")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable that the application reads."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable(
+        "WORKSPACE", "/workspace", "Folder of data, cache, checkpoints and logs; `scripts/up` sets `./workspace`."
+    ),
+    Variable("CONFIG", "", "Config file for commands that are called without `--config`."),
+    Variable("RUN_NAME", "", "Overrides `run_name` of the config file: the folder below `checkpoints/`."),
+    Variable("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR."),
+    Variable("WANDB_API_KEY", "", "Turns Weights & Biases on. A secret: it appears in no log and no file."),
+    Variable("WANDB_MODE", "", "online, offline (writes into the run folder, needs no key) or disabled."),
+)
+
+
+class Secret:
+    """A value that shows itself only on request."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The value itself, for the one place that needs it."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The variables of `VARIABLES`, typed; empty values and unresolved placeholders count as unset."""
+
+    workspace: Path
+    config: str | None
+    run_name: str | None
+    log_level: str
+    wandb_api_key: Secret | None
+    wandb_mode: str | None
+    secrets: tuple[Secret, ...]
+    """Values of all variables whose names say that they are secret, ours or not; logs hide them."""
+    warnings: tuple[str, ...]
+    """One sentence for each variable that is set and counts as unset."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """The process's environment, or `environ` in its place.
+
+        Raises:
+            ConfigError: a variable has a value that it may not have.
+        """
+        environ = os.environ if environ is None else environ
+        warnings = [
+            _placeholder_warning(v.name, environ[v.name]) for v in VARIABLES if _is_placeholder(environ, v.name)
+        ]
+        values = {variable.name: _value(environ, variable) for variable in VARIABLES}
+        key = values["WANDB_API_KEY"]
+        return cls(
+            workspace=Path(values["WORKSPACE"] or ""),
+            config=values["CONFIG"],
+            run_name=values["RUN_NAME"],
+            log_level=_one_of("LOG_LEVEL", (values["LOG_LEVEL"] or "").upper(), LOG_LEVELS),
+            wandb_api_key=None if key is None else Secret(key),
+            wandb_mode=values["WANDB_MODE"] and _one_of("WANDB_MODE", values["WANDB_MODE"], WANDB_MODES),
+            secrets=_secrets(environ),
+            warnings=tuple(warnings),
+        )
+
+    @property
+    def wandb_on(self) -> bool:
+        """Whether this process talks to Weights & Biases or writes an offline run for it."""
+        if self.wandb_mode == "disabled":
+            return False
+        return self.wandb_api_key is not None or self.wandb_mode == "offline"
+
+
+def _is_placeholder(environ: Mapping[str, str], name: str) -> bool:
+    return PLACEHOLDER.fullmatch(environ.get(name, "")) is not None
+
+
+def _placeholder_warning(name: str, text: str) -> str:
+    return (
+        f"{name} holds the unresolved placeholder {text.strip()} and counts as unset: "
+        f"create that secret in the RunPod console, or set {name} itself"
+    )
+
+
+def _value(environ: Mapping[str, str], variable: Variable) -> str | None:
+    text = environ.get(variable.name, "").strip()
+    if not text or PLACEHOLDER.fullmatch(text):
+        return variable.default or None
+    return text
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"environment variable {name}: expected one of {', '.join(choices)}, found {value!r}")
+    return value
+
+
+def _secrets(environ: Mapping[str, str]) -> tuple[Secret, ...]:
+    # Shorter values are words such as "1" or "yes"; hiding them would make logs unreadable and protect nothing.
+    found = {
+        text for name, text in environ.items() if SECRET_NAME.search(name) and len(text.strip()) >= SHORTEST_SECRET
+    }
+    return tuple(Secret(text.strip()) for text in sorted(found, key=len, reverse=True))
