@@ -87,7 +87,9 @@ class Environment:
         """
         environ = os.environ if environ is None else environ
         warnings = [
-            _placeholder_warning(v.name, environ[v.name]) for v in VARIABLES if _is_placeholder(environ, v.name)
+            _placeholder_warning(variable.name, environ[variable.name])
+            for variable in VARIABLES
+            if _is_placeholder(environ.get(variable.name, ""))
         ]
         values = {variable.name: _value(environ, variable) for variable in VARIABLES}
         key = values["WANDB_API_KEY"]
@@ -110,8 +112,8 @@ class Environment:
         return self.wandb_api_key is not None or self.wandb_mode == "offline"
 
 
-def _is_placeholder(environ: Mapping[str, str], name: str) -> bool:
-    return PLACEHOLDER.fullmatch(environ.get(name, "")) is not None
+def _is_placeholder(text: str) -> bool:
+    return PLACEHOLDER.fullmatch(text) is not None
 
 
 def _placeholder_warning(name: str, text: str) -> str:
@@ -123,7 +125,7 @@ def _placeholder_warning(name: str, text: str) -> str:
 
 def _value(environ: Mapping[str, str], variable: Variable) -> str | None:
     text = environ.get(variable.name, "").strip()
-    if not text or PLACEHOLDER.fullmatch(text):
+    if not text or _is_placeholder(text):
         return variable.default or None
     return text
 
@@ -135,8 +137,6 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _secrets(environ: Mapping[str, str]) -> tuple[Secret, ...]:
+    texts = {text.strip() for name, text in environ.items() if SECRET_NAME.search(name) and not _is_placeholder(text)}
     # Shorter values are words such as "1" or "yes"; hiding them would make logs unreadable and protect nothing.
-    found = {
-        text for name, text in environ.items() if SECRET_NAME.search(name) and len(text.strip()) >= SHORTEST_SECRET
-    }
-    return tuple(Secret(text.strip()) for text in sorted(found, key=len, reverse=True))
+    return tuple(Secret(text) for text in sorted(texts, key=lambda t: (-len(t), t)) if len(text) >= SHORTEST_SECRET)
