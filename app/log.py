@@ -1,0 +1,61 @@
+"""Log lines with UTC time, to the terminal and to a file, without secrets."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from app.env import Environment, Secret
+from app.errors import MachineError
+
+LOG_FILE = "train.log"
+HIDDEN = "[hidden]"
+
+
+class RedactingFormatter(logging.Formatter):
+    """`2026-01-31T23:59:59Z INFO app.train: text`; secrets are hidden in the finished text, tracebacks included."""
+
+    def __init__(self, secrets: Iterable[Secret]) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
+        self.converter = time.gmtime
+        self._values = [secret.reveal() for secret in secrets]
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as text."""
+        text = super().format(record)
+        for value in self._values:
+            text = text.replace(value, HIDDEN)
+        return text
+
+
+def setup_logging(logs_dir: Path | None, env: Environment) -> None:
+    """Sends the log of the whole process to stderr and, where a folder is given, to the end of `train.log` in it.
+
+    Raises:
+        MachineError: the file cannot be opened.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if logs_dir is not None:
+        handlers.append(_file_handler(logs_dir / LOG_FILE))
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        handler.setFormatter(RedactingFormatter(env.secrets))
+        root.addHandler(handler)
+    root.setLevel(env.log_level)
+    logging.captureWarnings(True)
+    for text in env.warnings:
+        logging.getLogger(__name__).warning(text)
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return logging.FileHandler(path, mode="a", encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write the log file {path}: {error.strerror}") from error
