@@ -1,0 +1,59 @@
+"""The layout of TensorBoard's Custom Scalars page: what a person compares, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
+
+from app.tags import PHYSICS_WEIGHT, VAL_PSNR
+
+EVERY_STAGE = r"stage_\d+"
+COMPARED = {
+    "Validation loss": "val_loss",
+    "Training loss": "train_loss",
+    "Validation PSNR (dB)": VAL_PSNR,
+}
+
+
+def layout(stages: Sequence[str]) -> bytes:
+    """The serialized layout for `stages`: stage comparison, then for each stage its halves of the loss, then schedules.
+
+    Each line of a chart is a regular expression over tags, matched from the tag's first character on.
+    """
+    return bytes(
+        Layout(
+            category=[
+                Category(
+                    title="Stage comparison",
+                    chart=[_chart(title, [f"{EVERY_STAGE}/{tag}"]) for title, tag in COMPARED.items()],
+                ),
+                Category(title="Training vs validation", chart=[_train_and_validation(stage) for stage in stages]),
+                Category(
+                    title="Diffusion vs physics",
+                    chart=[_halves(stage, part) for stage in stages for part in ("train", "val")],
+                ),
+                Category(
+                    title="Schedule and speed",
+                    chart=[
+                        _chart("Learning rate", [f"{EVERY_STAGE}/learning_rate"]),
+                        _chart("Physics weight", [f"{EVERY_STAGE}/{PHYSICS_WEIGHT}"]),
+                        _chart("Epoch time (s)", [f"{EVERY_STAGE}/epoch_time"]),
+                    ],
+                ),
+            ]
+        ).SerializeToString()
+    )
+
+
+def _train_and_validation(stage: str) -> Chart:
+    return _chart(f"{stage}: loss", [f"{stage}/train_loss", f"{stage}/val_loss"])
+
+
+def _halves(stage: str, part: str) -> Chart:
+    title = {"train": "training", "val": "validation"}[part]
+    return _chart(f"{stage}: {title}", [f"{stage}/{part}_diffusion", f"{stage}/{part}_physics"])
+
+
+def _chart(title: str, expressions: list[str]) -> Chart:
+    return Chart(title=title, multiline=MultilineChartContent(tag=[f"{expression}$" for expression in expressions]))

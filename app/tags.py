@@ -1,0 +1,89 @@
+"""The names of everything that is logged, and the axis on which each name stands.
+
+A tag stands on exactly one axis, and a step number means nothing without it:
+
+| tag                                  | axis             | step number                                             |
+|--------------------------------------|------------------|---------------------------------------------------------|
+| `{stage}/..._step`                   | `{stage}/step`   | optimizer steps of the stage, the first one is 1        |
+| any other `{stage}/...`              | `{stage}/epoch`  | completed epochs of the stage, 0 before the first ends  |
+| `perf/...`, `gpu/...`, `ops/...`     | `global_step`    | optimizer steps over all stages                         |
+| anything else (`config`, the layout) | `NO_AXIS`        | free; such a point is never taken back                  |
+
+The trainer logs by this table and `keep_before` rewinds by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+STEP_TAGS = ("train_loss_step", "train_diffusion_step", "train_physics_step")
+"""Logged every `log_every_n_steps`: the values of that step's batch."""
+EPOCH_TAGS = (
+    "train_loss",
+    "train_diffusion",
+    "train_physics",
+    "val_loss",
+    "val_diffusion",
+    "val_physics",
+    "epoch_time",
+    "learning_rate",
+)
+"""Logged after each epoch."""
+PHYSICS_WEIGHT = "physics_weight"
+VAL_PSNR = "val_psnr_db"
+CONFIG = "config"
+GLOBAL_GROUPS = ("perf", "gpu", "ops")
+
+GLOBAL_AXIS = "global_step"
+NO_AXIS = ""
+STAGE_TAG = re.compile(r"(?P<stage>stage_\d+)/.+")
+
+
+def names(stage: str) -> tuple[str, ...]:
+    """The tags that every run has for `stage`, such as `stage_64/val_loss`."""
+    return tuple(f"{stage}/{tag}" for tag in (*STEP_TAGS, *EPOCH_TAGS))
+
+
+def step_axis(stage: str) -> str:
+    """The axis of the stage's optimizer steps."""
+    return f"{stage}/step"
+
+
+def epoch_axis(stage: str) -> str:
+    """The axis of the stage's completed epochs."""
+    return f"{stage}/epoch"
+
+
+def axis(tag: str) -> str:
+    """The axis of `tag` by the table above, or NO_AXIS."""
+    if match := STAGE_TAG.fullmatch(tag):
+        return step_axis(match["stage"]) if tag.endswith("_step") else epoch_axis(match["stage"])
+    return GLOBAL_AXIS if tag.partition("/")[0] in GLOBAL_GROUPS else NO_AXIS
+
+
+def keep_before(
+    stages: Sequence[str], stage: str, *, step: int, epochs: int, global_step: int
+) -> Callable[[str, int], bool]:
+    """Which points a run keeps that resumes in `stage`: those that it will not log again.
+
+    Args:
+        stages: names of all stages in the order of training.
+        stage: the stage that goes on.
+        step: its completed optimizer steps; points up to this one stay.
+        epochs: its completed epochs, validation included; points up to this one stay.
+        global_step: completed optimizer steps over all stages.
+
+    Returns:
+        A function of (tag, step number). Points of earlier stages stay, those of later ones go; a stage that is not
+        in `stages` keeps its points, because nothing will replace them.
+    """
+    later = stages[stages.index(stage) + 1 :]
+    last = {step_axis(stage): step, epoch_axis(stage): epochs, GLOBAL_AXIS: global_step}
+    last.update({name: -1 for other in later for name in (step_axis(other), epoch_axis(other))})
+
+    def keep(tag: str, number: int) -> bool:
+        limit = last.get(axis(tag))
+        return limit is None or number <= limit
+
+    return keep
