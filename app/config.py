@@ -156,6 +156,12 @@ class StageConfig(Section):
                 f"resolution {self.resolution} must be a multiple of {factor} and at least {2 * factor} "
                 f"(patch {self.backbone.patch} times 2 for each of {len(self.backbone.widths)} widths)"
             )
+        halvings = 2 ** (len(self.backbone.xray_widths) - 1)
+        if factor % halvings:
+            raise ValueError(
+                f"xray_widths has {len(self.backbone.xray_widths)} levels; the X-ray encoder can halve at most "
+                f"{factor.bit_length() - 1} times before it reaches the token grid ({factor} voxels per token)"
+            )
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} must be a multiple of micro_batch {self.micro_batch}")
         return self
@@ -263,6 +269,8 @@ class Config(Section):
 
     run_name: str | None = operational(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Folder below `checkpoints/`; null is `checkpoints/` itself. RUN_NAME overrides it."""
+    init_from: str | None = operational(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """Another run of the workspace, trained on the same cases, whose finished stages this run takes over."""
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     geometry: GeometryConfig = GeometryConfig()
@@ -294,3 +302,8 @@ class Config(Section):
     def stage(self, name: str) -> StageConfig:
         """The stage called `name`, such as `stage_64`."""
         return next(stage for stage in self.stages if stage.name == name)
+
+    def first_global_step(self, stage: StageConfig) -> int:
+        """Optimizer steps of all stages before `stage`."""
+        earlier = self.stages[: self.stages.index(stage)]
+        return sum(other.epochs * other.steps_per_epoch for other in earlier)

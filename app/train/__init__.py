@@ -1,0 +1,1 @@
+"""Training of one stage: loop, validation, checkpoints, hand-over to the next stage."""

@@ -1,0 +1,301 @@
+"""The whole run: prepare, find where it was, then for each stage: train, hand over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from app.config import Config, StageConfig
+from app.config_changes import differences, refusal
+from app.config_file import resolved_yaml
+from app.data.cases import Case, CaseStore, Split, prepare, split_patients
+from app.env import Environment
+from app.errors import CheckpointError, ConfigError, DataError
+from app.ops.event_files import rewind
+from app.ops.layout import layout
+from app.ops.panels import validation_panel
+from app.ops.progress import write_progress_png
+from app.ops.run_lock import RunLock
+from app.ops.status import RunStatus
+from app.ops.wandb_log import follow
+from app.ops.writers import RunLog, TensorBoardLog
+from app.tags import CONFIG, keep_before
+from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters
+from app.train.handover import Parents, measure_training_cases, new_state
+from app.train.precision import Precision, choose_device, choose_precision
+from app.train.protocols import CasePicture, Stop
+from app.train.samples import StageCases
+from app.train.stage import StageRun, train_stage
+from app.workspace import RunDir, Workspace, atomic_write
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where the run goes on."""
+
+    stage: StageConfig | None
+    """The stage to train; None where all are finished."""
+    payload: dict[str, Any] | None
+    """Its furthest checkpoint; None where the stage has none yet."""
+    source: str
+    """Name of the checkpoint file, for messages."""
+    counters: Counters
+
+
+def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, only: Sequence[str] = ()) -> None:
+    """Train the cascade from wherever it is to its end.
+
+    Args:
+        config: the run.
+        workspace: where everything lies.
+        env: secrets of Weights & Biases.
+        stop: polled everywhere; True ends the run with its state saved.
+        only: names of the stages to train; empty is all.
+
+    Raises:
+        AppError: see `app.errors` for the kinds and their exit codes.
+    """
+    unknown = sorted(set(only) - {stage.name for stage in config.stages})
+    if unknown:
+        raise ConfigError(
+            f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(s.name for s in config.stages)}"
+        )
+    device = choose_device(config.compute)
+    torch.set_num_threads(config.compute.threads)
+    torch.set_flush_denormal(True)
+    workspace.ensure()
+    run_dir = workspace.run_dir(config.run_name)
+    run_dir.ensure()
+    with RunLock(run_dir.run_lock):
+        run_dir.reason.unlink(missing_ok=True)
+        status = RunStatus(run_dir, config)
+        status(state="preparing data")
+        report = prepare(config, workspace, stop=stop)
+        log.info("prepared cases:\n%s", report.table())
+        store = CaseStore.open(config, workspace)
+        split = split_patients(store, config, run_dir)
+        atomic_write(run_dir.config, resolved_yaml(config).encode())
+        _Run(config, workspace, env, stop, run_dir, status, store, split, device).train(only)
+
+
+class _Run:
+    """One attempt at a run, with the lock held."""
+
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        env: Environment,
+        stop: Stop,
+        run_dir: RunDir,
+        status: RunStatus,
+        store: CaseStore,
+        split: Split,
+        device: torch.device,
+    ) -> None:
+        self.config, self.workspace, self.env, self.stop = config, workspace, env, stop
+        self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
+        self.checkpoints = CheckpointFolder(run_dir)
+        self.cases = {side: _cases(store, ids) for side, ids in (("train", split.train), ("val", split.val))}
+        self.parents = Parents(
+            config, self.checkpoints, store, [*self.cases["train"], *self.cases["val"]], workspace.cache
+        )
+
+    def train(self, only: Sequence[str]) -> None:
+        """Find the resume point, rewind the curves to it, train what is left."""
+        self.checkpoints.remove_leftovers()
+        if self.config.init_from is not None:
+            self._take_over(self.config.init_from)
+        point = find_resume_point(self.config, self.checkpoints)
+        if point.stage is None:
+            log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
+            return
+        precision = self._precision(point)
+        log.info("%s", describe(point))
+        self._rewind(point)
+        run_log = self._open_log()
+        try:
+            pending = list(self.config.stages[self.config.stages.index(point.stage) :])
+            for stage in pending:
+                if only and stage.name not in only:
+                    log.info("--stages: %s is left out, and with it every later stage", stage.name)
+                    break
+                self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
+            else:
+                atomic_write(self.run_dir.done, b"all stages are finished\n")
+                self.status.close("finished")
+                log.info("finished: all stages are trained; checkpoints in %s", self.run_dir.path)
+        finally:
+            run_log.close()
+
+    def _train_stage(
+        self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog
+    ) -> None:
+        self.status(state="training", stage=stage.name)
+        lowres = self.parents.lowres(stage, self.device, precision, self.stop)
+        train = StageCases(self.store, self.cases["train"], stage.resolution, lowres)
+        val = StageCases(self.store, self.cases["val"], stage.resolution, lowres)
+        state = new_state(
+            self.config, stage, self.device, precision, self.split.fingerprint, self.parents.parent_hash(stage)
+        )
+        if point is None or point.payload is None:
+            measure_training_cases(state, train)
+        else:
+            state.restore(point.payload, point.source)
+        parameters = sum(parameter.numel() for parameter in state.model.parameters())
+        log.info(
+            "%s: %.2f M parameters, %d training and %d validation cases, %d epochs of %d steps, %s on %s",
+            stage.name,
+            parameters / 1e6,
+            len(train),
+            len(val),
+            stage.epochs,
+            stage.steps_per_epoch,
+            precision.name,
+            self.device,
+        )
+        train_stage(
+            state,
+            StageRun(
+                train=train,
+                val=val,
+                checkpoints=self.checkpoints,
+                run_log=run_log,
+                draw=validation_panel,
+                status=self.status,
+                stop=self.stop,
+                after_epoch=self._after_epoch,
+                first_global_step=self.config.first_global_step(stage),
+            ),
+        )
+
+    def _after_epoch(self, pictures: tuple[CasePicture, ...]) -> None:
+        write_progress_png(self.run_dir, self.config, [validation_panel(case) for case in pictures])
+
+    def _precision(self, point: ResumePoint) -> Precision:
+        name = choose_precision(self.config.compute, self.device)
+        if point.payload is not None:
+            scientific, operational = differences(point.payload["config"], self.config, self.run_dir.path / point.source)
+            if scientific:
+                raise CheckpointError(refusal(scientific))
+            for difference in operational:
+                log.info("changed since the last attempt: %s", difference)
+            name = point.payload[RESUME_KEY]["precision"]
+        return Precision(name, self.device)
+
+    def _rewind(self, point: ResumePoint) -> None:
+        stage, counters = point.stage, point.counters
+        if stage is None:
+            return
+        # Before the first step the validation is done again, and with it the points at epoch 0.
+        epochs = counters.epochs if counters.step > 0 else -1
+        keep = keep_before(
+            [each.name for each in self.config.stages],
+            stage.name,
+            step=counters.step,
+            epochs=epochs,
+            global_step=self.config.first_global_step(stage) + counters.step,
+        )
+        report = rewind(self.run_dir.tensorboard, keep)
+        if report.files:
+            log.info("curves: %d points beyond the checkpoint were taken back", report.dropped)
+
+    def _open_log(self) -> RunLog:
+        follower = follow(self.run_dir, self.config, self.env)
+        run_log = RunLog(
+            TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s), [follower] if follower else []
+        )
+        run_log.layout(layout([stage.name for stage in self.config.stages]))
+        run_log.text(CONFIG, "\n".join(f"    {line}" for line in resolved_yaml(self.config).splitlines()), 0)
+        return run_log
+
+    def _take_over(self, other_name: str) -> None:
+        """Copy the finished stages of another run; only before this run has checkpoints of its own.
+
+        Raises:
+            CheckpointError: the other run has no finished stage, or it was trained with other settings or cases.
+        """
+        if self.checkpoints.any_trace():
+            return
+        other = CheckpointFolder(self.workspace.run_dir(other_name))
+        taken = []
+        for stage in self.config.stages:
+            files = [other.newest(stage.name, kinds=(kind,)) for kind in ("best", "final")]
+            found = [file for file in files if file is not None]
+            if len(found) < len(files):
+                break
+            for entry, payload in found:
+                self._same_stage(stage, entry.path.name, other_name, payload)
+                self.checkpoints.take_over(entry)
+            taken.append(stage.name)
+        if not taken:
+            raise CheckpointError(
+                f"init_from: {other_name}: {other.run_dir.path} has no finished {self.config.stages[0].name} "
+                "(its _best.pt and _final.pt). Name a run that has, or remove init_from"
+            )
+        log.info("init_from: took over %s from %s", ", ".join(taken), other_name)
+
+    def _same_stage(self, stage: StageConfig, name: str, other_name: str, payload: dict[str, Any]) -> None:
+        scientific, _ = differences(payload["config"], self.config, self.run_dir.path / name)
+        index = self.config.stages.index(stage)
+        mine = {f"stages.{each.name}." for each in self.config.stages[index + 1 :]}
+        relevant = [change for change in scientific if not any(change.key.startswith(prefix) for prefix in mine)]
+        if relevant:
+            raise CheckpointError(f"init_from: {other_name}, {name}: {refusal(relevant)}")
+        if payload[RESUME_KEY]["fingerprint"] != self.split.fingerprint:
+            raise CheckpointError(
+                f"init_from: {other_name}, {name}: trained on another set of cases or another split; its validation "
+                "patients may be training patients here"
+            )
+
+
+def find_resume_point(config: Config, checkpoints: CheckpointFolder) -> ResumePoint:
+    """The furthest verified state of a run; damaged files on the way are set aside.
+
+    Raises:
+        CheckpointError: the run had checkpoints and none can be used.
+    """
+    for index in reversed(range(len(config.stages))):
+        stage = config.stages[index]
+        found = checkpoints.newest(stage.name)
+        if found is None:
+            continue
+        entry, payload = found
+        if entry.counters.epochs < stage.epochs or not checkpoints.whole(stage.name, "final"):
+            return ResumePoint(stage, payload, entry.path.name, entry.counters)
+        following = config.stages[index + 1] if index + 1 < len(config.stages) else None
+        return ResumePoint(following, None, entry.path.name, Counters(0, 0))
+    if checkpoints.any_trace():
+        raise CheckpointError(
+            f"{checkpoints.run_dir.path}: this run had checkpoints and none of them can be used (the damaged ones and "
+            f"the reasons are in {checkpoints.run_dir.quarantine.name}/). It is not started over silently: put a good "
+            "checkpoint back, move the folder away, or start a run of another name (RUN_NAME=...)"
+        )
+    return ResumePoint(config.stages[0], None, "", Counters(0, 0))
+
+
+def describe(point: ResumePoint) -> str:
+    """One line for the log: fresh start, or what is resumed from where."""
+    if point.stage is None:
+        return "finished"
+    if point.payload is None:
+        return f"starting {point.stage.name}" if point.source else "fresh start"
+    return (
+        f"resuming {point.stage.name} at epoch {point.counters.epochs}, step {point.counters.step}, "
+        f"from {point.source}, verified"
+    )
+
+
+def _cases(store: CaseStore, ids: Sequence[str]) -> list[Case]:
+    """In the order of their content, which does not depend on the workspace's pseudonyms."""
+    chosen = set(ids)
+    found = sorted((case for case in store.cases if case.id in chosen), key=lambda case: case.content)
+    if len(found) != len(chosen):
+        raise DataError(f"{len(chosen) - len(found)} cases of the split are not in the cache: run `prepare` again")
+    return found

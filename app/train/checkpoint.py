@@ -1,0 +1,300 @@
+"""Checkpoint files: written so that a kill at any moment leaves a usable one, found again by content.
+
+A file is committed by: temporary file in the same folder, a `pending` line with its sha256 in the manifest, fsync,
+rename, fsync of the folder, a `committed` line. A file counts as whole when its sha256 stands in the manifest, in
+either kind of line: a kill between rename and the last line loses nothing. A file that no line knows is checked by
+the CRCs of its own records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from app.errors import CheckpointError
+from app.workspace import TEMPORARY, RunDir, atomic_file, epoch_kind, sync_folder
+
+log = logging.getLogger(__name__)
+
+RESUME_KEY = "resume"
+FORMAT = 1
+REQUIRED_KEYS = (
+    "model_state_dict",
+    "optimizer_state_dict",
+    "scaler_state_dict",
+    "epoch",
+    "val_loss",
+    "config",
+    RESUME_KEY,
+)
+COPY_CHUNK = 1 << 22
+UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, struct.error)
+UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError)
+
+
+@dataclass(frozen=True, order=True)
+class Counters:
+    """How far a state has come in its stage; the larger, the further."""
+
+    epochs: int
+    """Completed epochs, validation included."""
+    step: int
+    """Completed optimizer steps of the stage."""
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint file of a run and what is known of it without loading it."""
+
+    path: Path
+    stage: str
+    kind: str
+    counters: Counters
+    sha256: str | None
+    """From the manifest; None where no line knows the file's name."""
+
+
+class _HashingFile:
+    """A binary file for `torch.save` that hashes what passes through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: publish, list, verify, find the furthest, set damaged ones aside."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        """Open the folder of a run; nothing is read yet."""
+        self.run_dir = run_dir
+
+    def remove_leftovers(self) -> None:
+        """Delete temporary files of a killed writer; only for the holder of the run lock."""
+        for path in self.run_dir.path.glob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink()
+
+    def publish(self, stage: str, kinds: Sequence[str], payload: dict[str, Any], counters: Counters) -> None:
+        """Write `payload` once for each kind, every file on blocks of its own.
+
+        Raises:
+            OSError: the volume is full or gone; older files are intact.
+        """
+        first = self.run_dir.checkpoint(stage, kinds[0])
+        sha256 = self._commit(first, stage, kinds[0], counters, lambda file: torch.save(payload, file))
+        for kind in kinds[1:]:
+            self._commit(
+                self.run_dir.checkpoint(stage, kind), stage, kind, counters, lambda file: _copy_into(first, file), sha256
+            )
+
+    def take_over(self, source: FoundCheckpoint) -> None:
+        """Copy a verified checkpoint of another run into this one."""
+        target = self.run_dir.checkpoint(source.stage, source.kind)
+        self._commit(
+            target, source.stage, source.kind, source.counters, lambda file: _copy_into(source.path, file), source.sha256
+        )
+
+    def _commit(
+        self,
+        path: Path,
+        stage: str,
+        kind: str,
+        counters: Counters,
+        write: Callable[[Any], object],
+        expected_sha256: str | None = None,
+    ) -> str:
+        line: dict[str, object] = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}
+        with atomic_file(path) as file:
+            hashing = _HashingFile(file)
+            write(hashing)
+            sha256 = hashing.digest.hexdigest()
+            if expected_sha256 not in (None, sha256):
+                raise OSError(f"{path.name}: the copy differs from its source (sha256 {sha256[:12]})")
+            self._append({**line, "sha256": sha256, "state": "pending"})
+            if kind == "last" and path.exists():
+                path.replace(self.run_dir.checkpoint(stage, "last_previous"))
+        self._append({**line, "sha256": sha256, "bytes": path.stat().st_size, "state": "committed", "time": time.time()})
+        return sha256
+
+    def retain(self, stage: str, keep: int | None) -> None:
+        """Delete all but the newest `keep` `_epoch_{N}.pt` of a stage; None keeps all."""
+        if keep is None:
+            return
+        periodic = [entry for entry in self.entries(stage) if entry.kind.startswith("epoch_")]
+        for entry in sorted(periodic, key=lambda entry: entry.counters)[:-keep]:
+            entry.path.unlink()
+        sync_folder(self.run_dir.path)
+
+    def entries(self, stage: str | None = None) -> list[FoundCheckpoint]:
+        """Every checkpoint file of the run (of one stage), the furthest first, then best, final and last kinds."""
+        by_name: dict[str, dict[str, Any]] = {}
+        for line in self._lines():
+            by_name[line["file"]] = line
+        found = []
+        for stage_name, kind, path in self.run_dir.checkpoints():
+            if stage is not None and stage_name != stage:
+                continue
+            known = by_name.get(path.name)
+            if known is None:
+                counters, sha256 = _read_counters(path), None
+            else:
+                counters, sha256 = Counters(known["epochs"], known["step"]), known["sha256"]
+            found.append(FoundCheckpoint(path, stage_name, kind, counters, sha256))
+        return sorted(found, key=lambda entry: (entry.counters, entry.kind), reverse=True)
+
+    def any_trace(self) -> bool:
+        """Whether this run ever had a checkpoint, even if none is left."""
+        quarantined = self.run_dir.quarantine.is_dir() and any(self.run_dir.quarantine.iterdir())
+        return quarantined or bool(self._lines()) or bool(self.run_dir.checkpoints())
+
+    def damage(self, entry: FoundCheckpoint) -> str | None:
+        """What is wrong with a file's content, or None."""
+        if entry.path.stat().st_size == 0:
+            return "the file is empty"
+        known = {line["sha256"] for line in self._lines() if line["stage"] == entry.stage}
+        sha256 = file_sha256(entry.path)
+        if sha256 in known:
+            return None
+        if entry.sha256 is not None:
+            return f"its content is not what was written: sha256 {sha256[:12]}, the manifest says {entry.sha256[:12]}"
+        try:
+            with zipfile.ZipFile(entry.path) as archive:
+                bad = archive.testzip()
+        except UNREADABLE_ZIP as error:
+            return f"not a whole checkpoint: {error}"
+        return None if bad is None else f"the record {bad} is damaged (CRC)"
+
+    def load(self, entry: FoundCheckpoint) -> dict[str, Any]:
+        """The content of a file, with `weights_only=True`.
+
+        Raises:
+            CheckpointError: it is no checkpoint of this program.
+        """
+        try:
+            payload = torch.load(entry.path, map_location="cpu", weights_only=True)
+        except UNREADABLE_PAYLOAD as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{entry.path}: cannot be read as tensors and plain values: {first_line}") from error
+        missing = [key for key in REQUIRED_KEYS if not isinstance(payload, dict) or key not in payload]
+        if missing:
+            raise CheckpointError(f"{entry.path}: not a checkpoint of this program, it lacks {', '.join(missing)}")
+        return payload  # type: ignore[no-any-return]
+
+    def newest(self, stage: str, kinds: Sequence[str] | None = None) -> tuple[FoundCheckpoint, dict[str, Any]] | None:
+        """The furthest whole checkpoint of a stage and its content; damaged ones on the way are set aside."""
+        for entry in self.entries(stage):
+            if kinds is not None and entry.kind not in kinds:
+                continue
+            reason = self.damage(entry)
+            if reason is None:
+                try:
+                    payload = self.load(entry)
+                except CheckpointError as error:
+                    reason = str(error)
+                else:
+                    _check_format(entry, payload)
+                    return entry, payload
+            self._set_aside(entry, reason)
+        return None
+
+    def whole(self, stage: str, kind: str) -> bool:
+        """Whether this file exists and its content is what was written; a damaged one is set aside."""
+        for entry in self.entries(stage):
+            if entry.kind == kind:
+                reason = self.damage(entry)
+                if reason is None:
+                    return True
+                self._set_aside(entry, reason)
+        return False
+
+    def _set_aside(self, entry: FoundCheckpoint, reason: str) -> None:
+        self.run_dir.quarantine.mkdir(exist_ok=True)
+        target = self.run_dir.quarantine / f"{time.strftime('%Y%m%dT%H%M%S')}_{entry.path.name}"
+        entry.path.replace(target)
+        target.with_suffix(".txt").write_text(f"{reason}\n")
+        sync_folder(self.run_dir.path)
+        log.warning("%s is damaged and was moved to %s: %s", entry.path.name, target.parent.name, reason)
+
+    def _append(self, line: dict[str, object]) -> None:
+        with self.run_dir.manifest.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+                file.write(b"\n" if torn else b"")
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return list(self._read_manifest())
+
+    def _read_manifest(self) -> Iterator[dict[str, Any]]:
+        if not self.run_dir.manifest.exists():
+            return
+        for number, text in enumerate(self.run_dir.manifest.read_bytes().splitlines(), start=1):
+            try:
+                line = json.loads(text)
+                line["file"], line["sha256"], line["stage"], line["kind"], line["epochs"], line["step"], line["state"]
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s:%d is torn and was skipped", self.run_dir.manifest, number)
+                continue
+            yield line
+
+
+def _check_format(entry: FoundCheckpoint, payload: dict[str, Any]) -> None:
+    found = payload[RESUME_KEY].get("format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{entry.path}: written in format {found}, this program reads format {FORMAT}; use the version that wrote it"
+        )
+
+
+def _copy_into(source: Path, target: Any) -> None:
+    with source.open("rb") as file:
+        shutil.copyfileobj(file, target, COPY_CHUNK)
+
+
+def _read_counters(path: Path) -> Counters:
+    """Counters of a file that the manifest does not know; (-1, -1) where it cannot be read."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Counters(payload["epoch"] + 1, payload[RESUME_KEY]["step"])
+    except UNREADABLE_PAYLOAD:
+        return Counters(-1, -1)
+
+
+def kinds_at_epoch_end(epochs: int, total: int, every: int, is_best: bool) -> list[str]:
+    """Which files the state after `epochs` completed epochs is written to; `last` is written first."""
+    kinds = ["last"]
+    kinds += ["best"] if is_best else []
+    kinds += [epoch_kind(epochs)] if epochs % every == 0 else []
+    kinds += ["final"] if epochs == total else []
+    return kinds

@@ -1,0 +1,108 @@
+"""Validation at the end of an epoch: fixed cases, fixed noise, EMA weights, so that epochs compare.
+
+Shapes: B batch, K noise levels, N cube edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.config import Config
+from app.data.cases import Case
+from app.errors import Stopped
+from app.model.denoiser import StageModel
+from app.model.diffusion import log_snr
+from app.physics.attenuation import x_to_hu, x_to_mu
+from app.train.loss import sample_losses
+from app.train.metrics import psnr_db
+from app.train.protocols import CasePicture, Stop
+from app.train.randomness import volume_noise
+from app.train.reconstruct import reconstruct
+from app.train.samples import Batch, StageCases, batches
+
+CHUNK = 4
+"""Cases per forward pass; fixed, so that the figures do not depend on the micro-batch."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean losses over cases and noise levels, and what was sampled."""
+
+    diffusion: float
+    physics: float
+    psnr_db: float
+    """Sampled volumes against the truth, data range 2500 HU for the default window; nan without pictures."""
+    gain_over_c_db: float
+    """PSNR of the sampled volumes less that of the conditioning volume: what the network adds."""
+    pictures: tuple[CasePicture, ...]
+
+
+@torch.no_grad()
+def validate(model: StageModel, cases: StageCases, config: Config, pictures: int, stop: Stop) -> Validation:
+    """Losses of `model` on the first `validation.cases` held-out cases, and samples of the first `pictures`.
+
+    Raises:
+        Stopped: `stop` asked for it; nothing was changed.
+    """
+    device = model.mean.device
+    count = min(config.validation.cases, len(cases))
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    diffusion: list[Tensor] = []
+    physics: list[Tensor] = []
+    for chunk, batch in zip(chunks, batches(cases, chunks, device, config.data.hu_window), strict=True):
+        losses = _losses_at_levels(model, [cases.cases[i] for i in chunk], batch, config, stop)
+        diffusion.append(losses[0])
+        physics.append(losses[1])
+    psnr, gain, drawn = _sampled(model, cases, min(pictures, count), config, stop)
+    return Validation(
+        torch.cat(diffusion).double().mean().item(), torch.cat(physics).double().mean().item(), psnr, gain, drawn
+    )
+
+
+def _losses_at_levels(
+    model: StageModel, cases: Sequence[Case], batch: Batch, config: Config, stop: Stop
+) -> tuple[Tensor, Tensor]:
+    condition = model.condition(batch.xrays, torch.ones_like(batch.xrays[:, :, 0, 0]), batch.lowres)
+    diffusion, physics = [], []
+    for level in range(config.validation.noise_levels):
+        if stop():
+            raise Stopped("stopped in validation")
+        t = torch.tensor((level + 0.5) / config.validation.noise_levels, device=batch.x_0.device)
+        snr = log_snr(t, batch.x_0.shape[-1], config.diffusion).expand(len(cases))
+        noise = _noise(batch.x_0, cases, config, model.stage.name, f"validation {level}")
+        losses = sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
+        diffusion.append(losses.diffusion)
+        physics.append(losses.physics)
+    return torch.cat(diffusion), torch.cat(physics)
+
+
+def _sampled(
+    model: StageModel, cases: StageCases, count: int, config: Config, stop: Stop
+) -> tuple[float, float, tuple[CasePicture, ...]]:
+    if count == 0:
+        return float("nan"), float("nan"), ()
+    window = config.data.hu_window
+    batch = next(batches(cases, [range(count)], model.mean.device, window))
+    shown = torch.ones_like(batch.xrays[:, :, 0, 0])
+    noise = _noise(batch.x_0, cases.cases[:count], config, model.stage.name, "pictures")
+    predicted = reconstruct(model, batch.xrays, batch.lowres, noise, stop)
+    given = model.condition(batch.xrays, shown, batch.lowres).volume
+    drr = model.projector(x_to_mu(predicted, window))
+    psnr = psnr_db(predicted, batch.x_0, 2.0)
+    gain = psnr - psnr_db(given, batch.x_0, 2.0)
+    volumes = [x_to_hu(volume, window).float().cpu().numpy()[:, 0] for volume in (batch.x_0, predicted, given)]
+    xrays, drrs = batch.xrays.cpu().numpy(), drr.cpu().numpy()
+    drawn = tuple(
+        CasePicture(cases.cases[i].id, volumes[0][i], volumes[1][i], volumes[2][i], xrays[i], drrs[i])
+        for i in range(count)
+    )
+    return psnr.mean().item(), gain.mean().item(), drawn
+
+
+def _noise(x_0: Tensor, cases: Sequence[Case], config: Config, stage: str, purpose: str) -> Tensor:
+    shape, device = x_0.shape[1:], x_0.device
+    return torch.stack([volume_noise(shape, device, config.seed, stage, purpose, case.content) for case in cases])

@@ -1,0 +1,142 @@
+"""From one stage to the next: the parent's frozen model, its outputs, and a new stage's starting state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from app.config import Config, StageConfig
+from app.data.cases import Case, CaseStore
+from app.errors import CheckpointError
+from app.model.denoiser import StageModel
+from app.physics.attenuation import hu_to_x
+from app.train.checkpoint import RESUME_KEY, CheckpointFolder
+from app.train.ema import EMA, tensors_hash
+from app.train.precision import Precision
+from app.train.protocols import Stop
+from app.train.randomness import derive_seed
+from app.train.reconstruct import hand_over
+from app.train.samples import LowresFolder, StageCases, batches
+from app.train.state import StageState, load_ema, new_optimizer
+
+log = logging.getLogger(__name__)
+
+RESIDUAL_CASES = 64
+"""Training cases that the residual scale is measured on."""
+
+
+class Parents:
+    """The finished stages of a run: their models, and their outputs for every case."""
+
+    def __init__(
+        self, config: Config, checkpoints: CheckpointFolder, store: CaseStore, cases: Sequence[Case], cache: Path
+    ) -> None:
+        """`cases` are those that any stage will see; `cache` is the workspace's."""
+        self.config, self.checkpoints, self.store, self.cache = config, checkpoints, store, cache
+        self.cases = sorted(cases, key=lambda case: case.content)
+
+    def parent_hash(self, stage: StageConfig) -> str | None:
+        """Hash of the EMA tensors of the best checkpoint of the stage before `stage`; None for the first."""
+        index = self.config.stages.index(stage)
+        return None if index == 0 else self._best_hash(self.config.stages[index - 1])
+
+    def lowres(self, stage: StageConfig, device: torch.device, precision: Precision, stop: Stop) -> LowresFolder | None:
+        """The outputs that condition `stage`, made now where they are missing; None for the first stage.
+
+        Raises:
+            CheckpointError: the previous stage has no whole best checkpoint.
+            Stopped: asked to stop.
+        """
+        index = self.config.stages.index(stage)
+        if index == 0:
+            return None
+        parent = self.config.stages[index - 1]
+        folder = self._folder(parent)
+        if not all(folder.path(case).exists() for case in self.cases):
+            grandparent = self.lowres(parent, device, precision, stop)
+            model = load_ema(self.config, parent, *self._best(parent)).to(device)
+            with precision.autocast():
+                hand_over(model, self.store, self.cases, grandparent, folder, self.config, stop)
+        return folder
+
+    def _best(self, stage: StageConfig) -> tuple[dict[str, object], Path]:
+        found = self.checkpoints.newest(stage.name, kinds=("best",))
+        if found is None:
+            raise CheckpointError(
+                f"{self.checkpoints.run_dir.checkpoint(stage.name, 'best')}: missing or damaged, and the next stage is "
+                f"trained on its outputs. Put the file back, or train {stage.name} in a new run (RUN_NAME=...)"
+            )
+        entry, payload = found
+        return payload, entry.path
+
+    def _best_hash(self, stage: StageConfig) -> str:
+        payload, _ = self._best(stage)
+        return tensors_hash(payload[RESUME_KEY]["ema_state_dict"])  # type: ignore[index]
+
+    def _folder(self, parent: StageConfig) -> LowresFolder:
+        """Named by everything that shapes the volumes in it."""
+        index = self.config.stages.index(parent)
+        made_by = [
+            {"ema": self._best_hash(stage), "steps": stage.sampler_steps, "sweeps": stage.sart_sweeps}
+            for stage in self.config.stages[: index + 1]
+        ]
+        name = hashlib.sha256(json.dumps([made_by, self.config.seed, self.store.key]).encode()).hexdigest()[:16]
+        return LowresFolder(self.cache / "lowres" / f"{parent.name}-{name}")
+
+
+def new_state(
+    config: Config,
+    stage: StageConfig,
+    device: torch.device,
+    precision: Precision,
+    fingerprint: str,
+    parent: str | None,
+) -> StageState:
+    """A stage before its first step; weights are a function of (seed, stage), the buffers of the training cases."""
+    torch.manual_seed(derive_seed(config.seed, stage.name, "weights"))
+    model = StageModel(config, stage)
+    model.to(device)
+    if device.type == "cpu":
+        _channels_last(model)
+    return StageState(
+        config=config,
+        stage=stage,
+        model=model,
+        ema=EMA(model),
+        optimizer=new_optimizer(model, stage, config.optimizer),
+        precision=precision,
+        fingerprint=fingerprint,
+        parent=parent,
+    )
+
+
+@torch.no_grad()
+def measure_training_cases(state: StageState, train: StageCases) -> None:
+    """Fill the model's buffers: the mean volume of the training cases, then the RMS of x_0 - c over them."""
+    model, device, window = state.model, state.model.mean.device, state.config.data.hu_window
+    if model.is_first:
+        total = torch.zeros_like(model.mean, dtype=torch.float64)
+        for index in range(len(train)):
+            hu = train[index]["hu"].to(device)
+            total += hu_to_x(hu.float(), window).double()
+        model.mean.copy_(total / len(train))
+    count = min(len(train), RESIDUAL_CASES)
+    squares = []
+    for batch in batches(train, [[index] for index in range(count)], device, window):
+        shown = torch.ones_like(batch.xrays[:, :, 0, 0])
+        given = model.condition(batch.xrays, shown, batch.lowres).volume
+        squares.append((batch.x_0 - given).square().double().mean())
+    model.residual_scale.copy_(torch.stack(squares).mean().sqrt())
+    state.ema = EMA(model)
+
+
+def _channels_last(model: StageModel) -> None:
+    """Convolutions on the CPU are several times faster with channels last (measured in scripts/bench)."""
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)):
+            module.to(memory_format=torch.channels_last_3d)

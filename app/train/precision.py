@@ -1,0 +1,97 @@
+"""Arithmetic of a run: fp32, bf16 by autocast, or fp16 by autocast with a gradient scaler."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.config import ComputeConfig
+from app.errors import MachineError, NumericsError
+
+log = logging.getLogger(__name__)
+
+NEVER = 2**31 - 1
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(config: ComputeConfig) -> torch.device:
+    """The device that the config asks for.
+
+    Raises:
+        MachineError: it asks for a GPU and there is none; a GPU config is never trained on a CPU.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise MachineError(
+            "compute.device is cuda and torch finds no GPU here. Start on a machine with a GPU and a driver that this "
+            "torch supports, or choose a config made for the CPU, such as configs/demo.yaml"
+        )
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def choose_precision(config: ComputeConfig, device: torch.device) -> str:
+    """fp32 on a CPU, bf16 on a GPU that has it, else fp16; a fixed choice in the config stands."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class Precision:
+    """Autocast and scaler of a run; the scaler's state is never empty, whatever the precision."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Outside fp16 the scaler holds the scale 1 for ever and takes no part in a step."""
+        self.name = name
+        self.device = device
+        fp16 = name == "fp16"
+        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
+            device.type, init_scale=65536.0 if fp16 else 1.0, growth_interval=2000 if fp16 else NEVER
+        )
+
+    def autocast(self) -> torch.autocast:
+        """Context of the forward pass."""
+        return torch.autocast(self.device.type, DTYPES.get(self.name, torch.float32), enabled=self.name != "fp32")
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, scaled in fp16."""
+        (self.scaler.scale(loss) if self.name == "fp16" else loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the gradients back to the loss's own scale."""
+        if self.name == "fp16":
+            self.scaler.unscale_(optimizer)
+
+    def overflowed(self, gradient_norm: float) -> bool:
+        """Whether this step must be computed again at a smaller scale.
+
+        Raises:
+            NumericsError: the scale cannot get smaller.
+        """
+        if self.name != "fp16" or math.isfinite(gradient_norm):
+            return False
+        scale = self.scaler.get_scale() / 2
+        if scale < 1.0:
+            raise NumericsError("fp16 gradients overflow at scale 1: use compute.precision bf16 or fp32 in a new run")
+        log.info("fp16 gradients overflowed: the scale is now %g and the step is computed again", scale)
+        state = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale)  # type: ignore[attr-defined]
+        self.scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": 0})
+        return True
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Apply finite gradients."""
+        if self.name == "fp16":
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state."""
+        return dict(self.scaler.state_dict())

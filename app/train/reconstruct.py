@@ -1,0 +1,100 @@
+"""Sample volumes from a stage, and hand its outputs to the next.
+
+Shapes: B batch, N cube edge, n edge of the previous stage.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from app.config import Config
+from app.data.cases import Case, CaseStore
+from app.errors import Stopped
+from app.model.denoiser import StageModel
+from app.model.diffusion import sample
+from app.physics.attenuation import x_to_hu
+from app.train.protocols import Stop
+from app.train.randomness import volume_noise
+from app.train.samples import LowresFolder, StageCases, batches
+from app.workspace import atomic_file
+
+log = logging.getLogger(__name__)
+
+HAND_OVER_CHUNK = 4
+"""Cases per forward pass at the hand-over; fixed, so that an interrupted hand-over gives the same bits."""
+
+
+@torch.no_grad()
+def reconstruct(
+    model: StageModel, xrays: Tensor, lowres: Tensor | None, noise: Tensor, stop: Stop, views: Tensor | None = None
+) -> Tensor:
+    """One volume per pair of radiographs.
+
+    Args:
+        model: a stage, with EMA weights, in eval mode.
+        xrays: (B, 2, N, N) line integrals.
+        lowres: (B, 1, n, n, n) the previous stage's output in [-1, 1]; None for the first stage.
+        noise: (B, 1, N, N, N) standard normal.
+        stop: polled before each sampler step.
+        views: (B, 2), 1 where a view may be used; None is both.
+
+    Returns:
+        (B, 1, N, N, N) in [-1, 1].
+
+    Raises:
+        Stopped: `stop` asked for it.
+    """
+    shown = xrays.new_ones(xrays.shape[:2]) if views is None else views
+    condition = model.condition(xrays, shown, lowres)
+
+    def denoise(x_t: Tensor, level: Tensor) -> Tensor:
+        if stop():
+            raise Stopped("stopped while sampling")
+        return model(x_t, level, condition).clamp(-1.0, 1.0)
+
+    def correct(x_0: Tensor) -> Tensor:
+        return model.data_consistent(x_0, xrays, shown, model.stage.sart_sweeps)
+
+    return sample(denoise, noise, model.stage.sampler_steps, model.diffusion, correct)
+
+
+def hand_over(
+    parent: StageModel,
+    store: CaseStore,
+    cases: Sequence[Case],
+    parent_lowres: LowresFolder | None,
+    target: LowresFolder,
+    config: Config,
+    stop: Stop,
+) -> None:
+    """Write the parent's output for every case into `target`; whole chunks that are there already are kept.
+
+    Raises:
+        Stopped: `stop` asked for it; finished chunks stay.
+    """
+    stage, window, device = parent.stage, config.data.hu_window, parent.mean.device
+    chunks = [cases[start : start + HAND_OVER_CHUNK] for start in range(0, len(cases), HAND_OVER_CHUNK)]
+    missing = [chunk for chunk in chunks if not all(target.path(case).exists() for case in chunk)]
+    if not missing:
+        return
+    target.folder.mkdir(parents=True, exist_ok=True)
+    log.info("hand-over: %s makes the low-resolution volumes of %d cases", stage.name, sum(map(len, missing)))
+    for chunk in tqdm(missing, desc=f"hand-over of {stage.name}", unit="chunk", disable=None):
+        dataset = StageCases(store, chunk, stage.resolution, parent_lowres)
+        batch = next(batches(dataset, [range(len(chunk))], device, window))
+        noise = torch.stack(
+            [
+                volume_noise(batch.x_0.shape[1:], device, config.seed, stage.name, "hand-over", case.content)
+                for case in chunk
+            ]
+        )
+        volumes = x_to_hu(reconstruct(parent, batch.xrays, batch.lowres, noise, stop), window)
+        for case, volume in zip(chunk, volumes.round().cpu().numpy()[:, 0].astype(np.int16), strict=True):
+            with atomic_file(target.path(case)) as file:
+                np.save(file, volume)

@@ -1,0 +1,102 @@
+"""Prepared cases as batches of a stage.
+
+Shapes: B batch, N cube edge, n edge of the previous stage.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from app.data.cases import Case, CaseStore
+from app.physics.attenuation import hu_to_x
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cases on the device of the model."""
+
+    x_0: Tensor
+    """(B, 1, N, N, N) in [-1, 1]."""
+    xrays: Tensor
+    """(B, 2, N, N) line integrals."""
+    lowres: Tensor | None
+    """(B, 1, n, n, n) in [-1, 1], the previous stage's own output; None in the first stage."""
+
+    def lowres_truth(self) -> Tensor | None:
+        """(B, 1, n, n, n): the truth averaged down to the previous stage's grid."""
+        if self.lowres is None:
+            return None
+        return F.avg_pool3d(self.x_0, self.x_0.shape[-1] // self.lowres.shape[-1])
+
+
+class LowresFolder:
+    """The previous stage's outputs, one file per case, named by what made them."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is named by the hash of the parent's EMA tensors."""
+        self.folder = folder
+
+    def path(self, case: Case) -> Path:
+        """(n, n, n) int16 HU."""
+        return self.folder / f"{case.id}.npy"
+
+    def load(self, case: Case) -> np.ndarray:
+        """(n, n, n) int16 HU."""
+        return np.load(self.path(case))  # type: ignore[no-any-return]
+
+
+class StageCases(Dataset[dict[str, Tensor]]):
+    """Cases of a split at the resolution of a stage. Loading is all that it does: nothing here is random."""
+
+    def __init__(self, store: CaseStore, cases: Sequence[Case], edge: int, lowres: LowresFolder | None) -> None:
+        """`lowres` is None in the first stage."""
+        self.store, self.cases, self.edge, self.lowres = store, cases, edge, lowres
+
+    def __len__(self) -> int:
+        """The number of cases."""
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """hu (1, N, N, N) int16, xrays (2, N, N), lowres (1, n, n, n) int16 where there is a previous stage."""
+        case = self.cases[index]
+        loaded = self.store.load(case.id, self.edge)
+        item = {"hu": torch.from_numpy(loaded.hu)[None], "xrays": torch.from_numpy(loaded.xrays)}
+        if self.lowres is not None:
+            item["lowres"] = torch.from_numpy(self.lowres.load(case))[None]
+        return item
+
+
+def batches(
+    cases: StageCases,
+    indices: Sequence[Sequence[int]],
+    device: torch.device,
+    hu_window: tuple[float, float],
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The cases of `indices`, one batch per entry, in that order whatever the number of workers."""
+    loader: DataLoader[dict[str, Tensor]] = DataLoader(
+        cases,
+        batch_sampler=indices,  # type: ignore[arg-type]
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        moved = {key: value.to(device, non_blocking=True) for key, value in item.items()}
+        lowres = hu_to_x(moved["lowres"].float(), hu_window) if "lowres" in moved else None
+        yield Batch(hu_to_x(moved["hu"].float(), hu_window), moved["xrays"], lowres)
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

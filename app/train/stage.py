@@ -1,0 +1,306 @@
+"""The training loop of one stage. A stage is one run: the cascade is a for loop over this.
+
+Shapes: B batch, b micro-batch, N cube edge.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from app.errors import NumericsError, Stopped
+from app.model.diffusion import log_snr
+from app.tags import VAL_PSNR
+from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
+from app.train.evaluate import Validation, validate
+from app.train.loss import SampleLosses, sample_losses
+from app.train.protocols import CasePicture, Draw, RunLog, Status, Stop
+from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
+from app.train.samples import Batch, StageCases, batches
+from app.train.schedule import ema_decay, learning_rate, physics_weight
+from app.train.state import StageState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage trains with: data, places to write to, and the question whether to stop."""
+
+    train: StageCases
+    val: StageCases
+    checkpoints: CheckpointFolder
+    run_log: RunLog
+    draw: Draw
+    status: Status
+    stop: Stop
+    after_epoch: Callable[[tuple[CasePicture, ...]], None]
+    """Told what was sampled, when an epoch is complete and saved."""
+    first_global_step: int
+    """Optimizer steps of all earlier stages; the `perf/` tags stand on the sum."""
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """One completed optimizer step, for the curves."""
+
+    diffusion: float
+    physics: float
+    gradient_norm: float
+
+
+def train_stage(state: StageState, run: StageRun) -> None:
+    """Train from wherever `state` is to the end of the stage.
+
+    Raises:
+        Stopped: asked to stop; the state of the last completed step is saved.
+        NumericsError: a loss or gradient is not finite; no weight has moved since the last completed step.
+    """
+    stage, progress = state.stage, state.progress
+    state.model.train()
+    try:
+        if progress.step == 0:
+            _log_validation(state, run, _validate(state, run))
+            _save(state, run, ["last"])
+        elif state.step_in_epoch == 0:
+            _complete_files(state, run)
+        while progress.epochs < stage.epochs:
+            _train_epoch(state, run)
+            _end_epoch(state, run)
+    except Stopped:
+        _save(state, run, ["last"])
+        log.info("%s: stopped at epoch %d, step %d; the state is saved", stage.name, progress.epochs, progress.step)
+        raise
+
+
+def _train_epoch(state: StageState, run: StageRun) -> None:
+    """The steps that are left of the epoch under way."""
+    config, stage, progress = state.config, state.stage, state.progress
+    weight = physics_weight(progress.epochs, stage, config.physics)
+    loader = _epoch_batches(state, run)
+    tick = last_save = time.monotonic()
+    while state.step_in_epoch < stage.steps_per_epoch:
+        values = train_step(state, loader, weight, run.stop)
+
+        now = time.monotonic()
+        seconds, tick = now - tick, now
+        progress.step += 1
+        progress.diffusion_sum += values.diffusion
+        progress.physics_sum += values.physics
+        progress.epoch_seconds += seconds
+        if progress.step == 1 or progress.step % config.logging.log_every_n_steps == 0:
+            _log_step(state, run, values, weight, seconds)
+        run.status(
+            stage=stage.name,
+            epoch=progress.epochs,
+            epochs=stage.epochs,
+            step=progress.step,
+            steps=stage.epochs * stage.steps_per_epoch,
+            loss=values.diffusion + weight * values.physics,
+            step_seconds=seconds,
+        )
+        if now - last_save >= config.checkpoint.save_every_s:
+            _save(state, run, ["last"])
+            last_save = tick = time.monotonic()
+
+
+def train_step(state: StageState, loader: Iterator[Batch], weight: float, stop: Stop) -> StepValues:
+    """One optimizer update from `batch` samples, in micro-batches; the weights move in the last lines or not at all.
+
+    Raises:
+        Stopped: asked to stop between two micro-batches.
+        NumericsError: the loss or the gradient is not finite.
+    """
+    config, stage, step = state.config, state.stage, state.progress.step + 1
+    draws = step_draws(stage.batch, config.diffusion, config.seed, stage.name, step)
+    micro_batches = [next(loader) for _ in range(stage.batch // (stage.micro_batch or stage.batch))]
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, stage, config.optimizer)
+
+    while True:
+        state.optimizer.zero_grad(set_to_none=True)
+        terms = []
+        for index, batch in enumerate(micro_batches):
+            if stop():
+                raise Stopped("stopped in training")
+            losses = _losses(state, batch, draws, index * len(batch.x_0), step)
+            diffusion, physics = losses.diffusion.mean(), losses.physics.mean()
+            state.precision.backward((diffusion + weight * physics) / len(micro_batches))
+            terms.append(torch.stack([diffusion.detach(), physics.detach()]))
+        state.precision.unscale(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.gradient_clip)
+        mean = torch.stack(terms).mean(0)
+        values = StepValues(*torch.stack([mean[0], mean[1], norm]).tolist())
+        if not math.isfinite(values.diffusion + values.physics):
+            raise NumericsError(_not_finite(state, step, values))
+        if not state.precision.overflowed(values.gradient_norm):
+            break
+    if not math.isfinite(values.gradient_norm):
+        raise NumericsError(_not_finite(state, step, values))
+
+    state.precision.step(state.optimizer)
+    state.ema.update(state.model, ema_decay(step, stage.ema_decay))
+    return values
+
+
+def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step: int) -> SampleLosses:
+    """Losses of one micro-batch, whose first sample is number `start` of the whole batch."""
+    config, stage, model = state.config, state.stage, state.model
+    device, count = batch.x_0.device, len(batch.x_0)
+    mine = slice(start, start + count)
+    names = [(config.seed, stage.name, step, index) for index in range(start, start + count)]
+    noise = torch.stack([volume_noise(batch.x_0.shape[1:], device, *name, "noise") for name in names])
+    views = draws.views[mine].to(device)
+    lowres = noise_level = lowres_noise = None
+    truth = batch.lowres_truth()
+    if truth is not None and batch.lowres is not None:
+        real = draws.real_lowres[mine].to(device)[:, None, None, None, None]
+        lowres = torch.where(real > 0, batch.lowres, truth)
+        noise_level = draws.noise_level[mine].to(device)
+        lowres_noise = torch.stack([volume_noise(truth.shape[1:], device, *name, "lowres") for name in names])
+    snr = log_snr(draws.t[mine].to(device), stage.resolution, config.diffusion)
+    with state.precision.autocast():
+        condition = model.condition(batch.xrays, views, lowres, noise_level, lowres_noise)
+        return sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
+
+
+def _epoch_batches(state: StageState, run: StageRun) -> Iterator[Batch]:
+    """The micro-batches of the epoch under way, from the next step on."""
+    config, stage = state.config, state.stage
+    samples = stage.steps_per_epoch * stage.batch
+    order = epoch_order(len(run.train), samples, config.seed, stage.name, state.progress.epochs)
+    order = order[state.step_in_epoch * stage.batch :]
+    size = stage.micro_batch or stage.batch
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    device = state.model.mean.device
+    return batches(run.train, chunks, device, config.data.hu_window, config.compute.workers)
+
+
+def _end_epoch(state: StageState, run: StageRun) -> None:
+    """Validate, log, count the epoch as completed, save."""
+    config, stage, progress = state.config, state.stage, state.progress
+    started = time.monotonic()
+    validation = _validate(state, run)
+    progress.epoch_seconds += time.monotonic() - started
+    weight = physics_weight(progress.epochs, stage, config.physics)
+    diffusion = progress.diffusion_sum / stage.steps_per_epoch
+    physics = progress.physics_sum / stage.steps_per_epoch
+    train_loss, epoch_seconds = diffusion + weight * physics, progress.epoch_seconds
+
+    progress.epochs += 1
+    progress.diffusion_sum = progress.physics_sum = progress.epoch_seconds = 0.0
+    progress.val_loss = validation.diffusion + config.physics.weight * validation.physics
+    is_best = progress.val_loss < progress.best_val_loss
+    if is_best:
+        progress.best_val_loss, progress.best_epochs = progress.val_loss, progress.epochs
+    run.run_log.scalars(
+        {
+            f"{stage.name}/train_loss": train_loss,
+            f"{stage.name}/train_diffusion": diffusion,
+            f"{stage.name}/train_physics": physics,
+            f"{stage.name}/epoch_time": epoch_seconds,
+            f"{stage.name}/learning_rate": learning_rate(progress.step, stage, config.optimizer),
+            f"{stage.name}/physics_weight": weight,
+        },
+        progress.epochs,
+    )
+    _log_validation(state, run, validation)
+    log.info(
+        "%s epoch %d/%d step %d: train_loss %.5f val_loss %.5f%s%s (%.1f s)",
+        stage.name,
+        progress.epochs,
+        stage.epochs,
+        progress.step,
+        train_loss,
+        progress.val_loss,
+        "" if math.isnan(validation.psnr_db) else f" psnr {validation.psnr_db:.2f} dB",
+        " best" if is_best else "",
+        epoch_seconds,
+    )
+    _save(state, run, _kinds(state))
+    run.checkpoints.retain(stage.name, config.checkpoint.keep_last_n_checkpoints)
+    run.status(val_loss=progress.val_loss, best_val_loss=progress.best_val_loss, train_loss=train_loss)
+    run.after_epoch(validation.pictures)
+
+
+def _kinds(state: StageState) -> list[str]:
+    """The files that the state at the end of an epoch belongs in."""
+    progress, every = state.progress, state.config.checkpoint.save_every_n_epochs
+    is_best = progress.best_epochs == progress.epochs
+    return kinds_at_epoch_end(progress.epochs, state.stage.epochs, every, is_best)
+
+
+def _complete_files(state: StageState, run: StageRun) -> None:
+    """Write what a kill between two files of an epoch's end has left out."""
+    counters = state.progress.counters
+    there = {entry.kind for entry in run.checkpoints.entries(state.stage.name) if entry.counters == counters}
+    missing = [kind for kind in _kinds(state) if kind not in there]
+    if missing:
+        _save(state, run, missing)
+
+
+def _validate(state: StageState, run: StageRun) -> Validation:
+    config, epochs = state.config, state.progress.epochs + 1
+    is_last = epochs == state.stage.epochs
+    shown = config.validation.pictures if is_last or epochs % config.logging.images_every_n_epochs == 0 else 0
+    with state.precision.autocast():
+        validation = validate(state.ema.model, run.val, config, shown, run.stop)
+    if not math.isfinite(validation.diffusion + validation.physics):
+        raise NumericsError(
+            f"{state.stage.name}: the validation loss after {state.progress.epochs} epochs is not finite. The last "
+            "checkpoint holds the state before it. Lower the stage's learning_rate in a new run"
+        )
+    return validation
+
+
+def _log_validation(state: StageState, run: StageRun, validation: Validation) -> None:
+    """The held-out figures and pictures at the number of completed epochs."""
+    stage, epochs = state.stage.name, state.progress.epochs
+    values = {
+        f"{stage}/val_loss": validation.diffusion + state.config.physics.weight * validation.physics,
+        f"{stage}/val_diffusion": validation.diffusion,
+        f"{stage}/val_physics": validation.physics,
+    }
+    if validation.pictures:
+        values[f"{stage}/{VAL_PSNR}"] = validation.psnr_db
+        values[f"{stage}/val_gain_over_c_db"] = validation.gain_over_c_db
+    run.run_log.scalars(values, epochs)
+    for number, case in enumerate(validation.pictures, start=1):
+        run.run_log.image(f"{stage}/held_out_{number}", run.draw(case), epochs)
+
+
+def _log_step(state: StageState, run: StageRun, values: StepValues, weight: float, seconds: float) -> None:
+    stage, step = state.stage, state.progress.step
+    run.run_log.scalars(
+        {
+            f"{stage.name}/train_loss_step": values.diffusion + weight * values.physics,
+            f"{stage.name}/train_diffusion_step": values.diffusion,
+            f"{stage.name}/train_physics_step": values.physics,
+            f"{stage.name}/gradient_norm_step": values.gradient_norm,
+        },
+        step,
+    )
+    run.run_log.scalars(
+        {"perf/step_time_s": seconds, "perf/samples_per_s": stage.batch / seconds}, run.first_global_step + step
+    )
+
+
+def _save(state: StageState, run: StageRun, kinds: list[str]) -> None:
+    """Publish the state; every point up to it is in the event files first, so that a resume finds no gap."""
+    run.run_log.flush()
+    run.checkpoints.publish(state.stage.name, kinds, state.payload(), state.progress.counters)
+    run.status(checkpoint=state.progress.step)
+
+
+def _not_finite(state: StageState, step: int, values: StepValues) -> str:
+    return (
+        f"{state.stage.name} step {step}: not finite: diffusion loss {values.diffusion}, physics loss {values.physics}, "
+        f"gradient norm {values.gradient_norm}. No weight has moved; the checkpoints hold the state before this step. "
+        "Lower the stage's learning_rate or use compute.precision fp32 in a new run"
+    )
+
