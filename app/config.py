@@ -51,7 +51,7 @@ class DataConfig(Section):
     max_drr_difference: float = Field(0.35, gt=0)
     """A case whose given DRRs differ from our projector's by more than this relative L2 (after the best gain and
     offset) is refused as misaligned."""
-    min_coverage: float = Field(0.6, ge=0, le=1)
+    min_coverage: float = Field(0.3, ge=0, le=1)
     """A case whose scan covers less than this share of the field of view is refused."""
     min_lung_fraction: float = Field(0.03, ge=0, le=1)
     """A case whose lungs fill less than this share of the body is refused: not a thorax."""

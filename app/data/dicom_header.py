@@ -1,0 +1,132 @@
+"""What one DICOM file says about its slice, without the patient's name."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from app.data.itk import image_reader
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+IMAGE_OBJECTS = "1.2.840.10008.5.1.4.1.1."
+OBJECT_CLASS, TRANSFER_SYNTAX = 0x0002, 0x0010  # elements of group 0002
+READABLE_SYNTAXES = {
+    "1.2.840.10008.1.2",  # implicit VR little endian
+    "1.2.840.10008.1.2.1",  # explicit VR little endian
+    "1.2.840.10008.1.2.2",  # explicit VR big endian
+    "1.2.840.10008.1.2.5",  # RLE
+    "1.2.840.10008.1.2.4.50",  # JPEG baseline
+    "1.2.840.10008.1.2.4.51",  # JPEG extended
+    "1.2.840.10008.1.2.4.57",  # JPEG lossless
+    "1.2.840.10008.1.2.4.70",  # JPEG lossless, first order
+    "1.2.840.10008.1.2.4.80",  # JPEG-LS lossless
+    "1.2.840.10008.1.2.4.81",  # JPEG-LS near lossless
+    "1.2.840.10008.1.2.4.90",  # JPEG 2000 lossless
+    "1.2.840.10008.1.2.4.91",  # JPEG 2000
+}
+UNCOMPRESSED_SYNTAXES = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+
+
+@dataclass(frozen=True)
+class SliceHeader:
+    """One slice: identifiers (hidden from repr), what kind of image it is, and where it lies (mm, LPS)."""
+
+    path: Path
+    patient_id: str | None = field(repr=False)
+    study_uid: str = field(repr=False)
+    series_uid: str = field(repr=False)
+    instance_uid: str = field(repr=False)
+    object_class: str
+    transfer_syntax: str
+    modality: str
+    image_type: tuple[str, ...]
+    rescale_type: str
+    samples: int
+    frames: int
+    complete: bool
+    size: tuple[int, int]
+    """Rows, columns."""
+    position: tuple[float, ...]
+    """Centre of the first pixel (x, y, z); empty where the file does not say."""
+    orientation: tuple[float, ...]
+    """Direction of a row, then of a column, three cosines each; empty where the file does not say."""
+    spacing: tuple[float, ...]
+    """Between rows, between columns; empty where the file does not say."""
+
+    @property
+    def normal(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Unit normal of the slice, row x column."""
+        cross = np.cross(self.orientation[:3], self.orientation[3:])
+        return np.asarray(cross / np.linalg.norm(cross))
+
+
+def file_meta(path: Path) -> dict[int, str] | None:
+    """Element -> value of the file meta group (0002,xxxx), which is never compressed; None if this is no DICOM file."""
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    if head[128:132] != b"DICM":
+        return None
+    meta: dict[int, str] = {}
+    at = 132
+    while at + 12 <= len(head):
+        group, element, vr, short = struct.unpack_from("<HH2sH", head, at)
+        if group != 2:
+            break
+        is_long = vr in (b"OB", b"UN", b"OW", b"SQ", b"UT", b"UC", b"UR")
+        length = struct.unpack_from("<I", head, at + 8)[0] if is_long else short
+        start = at + (12 if is_long else 8)
+        meta[element] = head[start : start + length].decode("latin-1").strip(" \0")
+        at = start + length
+    return meta
+
+
+def read_header(path: Path, meta: dict[int, str]) -> SliceHeader | None:
+    """The header of an image file, or None where GDCM cannot read it (no image, truncated, unknown compression)."""
+    reader = image_reader("GDCMImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+
+    def text(tag: str) -> str:
+        raw = reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else ""
+        # Bytes outside UTF-8 arrive as lone surrogates; an identifier must survive being encoded again.
+        return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip(" \0")
+
+    def numbers(tag: str, count: int) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text(tag).split("\\"))
+        except ValueError:
+            return ()
+        return values if len(values) == count and np.isfinite(values).all() else ()
+
+    size = reader.GetSize()
+    rows, columns = size[1], size[0]
+    samples = int((numbers("0028|0002", 1) or (1.0,))[0])
+    bits = int((numbers("0028|0100", 1) or (16.0,))[0])
+    syntax = meta.get(TRANSFER_SYNTAX, "")
+    expected = rows * columns * samples * bits // 8 if syntax in UNCOMPRESSED_SYNTAXES else 1
+    return SliceHeader(
+        path=path,
+        patient_id=text("0010|0020") or None,
+        study_uid=text("0020|000d"),
+        series_uid=text("0020|000e"),
+        instance_uid=text("0008|0018"),
+        object_class=text("0008|0016") or meta.get(OBJECT_CLASS, ""),
+        transfer_syntax=syntax,
+        modality=text("0008|0060"),
+        image_type=tuple(part.strip().upper() for part in text("0008|0008").split("\\")),
+        rescale_type=text("0028|1054"),
+        samples=samples,
+        frames=size[2] if len(size) > 2 else 1,
+        complete=path.stat().st_size >= expected,
+        size=(rows, columns),
+        position=numbers("0020|0032", 3),
+        orientation=numbers("0020|0037", 6),
+        spacing=numbers("0028|0030", 2),
+    )
