@@ -97,7 +97,7 @@ class Environment:
             workspace=Path(values["WORKSPACE"] or ""),
             config=values["CONFIG"],
             run_name=values["RUN_NAME"],
-            log_level=_one_of("LOG_LEVEL", (values["LOG_LEVEL"] or "").upper(), LOG_LEVELS),
+            log_level=_one_of("LOG_LEVEL", values["LOG_LEVEL"] or "", LOG_LEVELS),
             wandb_api_key=None if key is None else Secret(key),
             wandb_mode=values["WANDB_MODE"] and _one_of("WANDB_MODE", values["WANDB_MODE"], WANDB_MODES),
             secrets=_secrets(environ),

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from app.env import VARIABLES, Environment, Secret
+from app.errors import ConfigError
+
+
+def test_an_empty_environment_has_the_defaults():
+    """Nothing set: the workspace of the container, no W&B, no run name."""
+    env = Environment.read({})
+    assert env.workspace == Path("/workspace")
+    assert (env.config, env.run_name, env.wandb_api_key, env.wandb_mode) == (None, None, None, None)
+    assert (env.log_level, env.wandb_on, env.secrets, env.warnings) == ("INFO", False, (), ())
+
+
+def test_empty_values_count_as_unset():
+    """A template that passes empty variables changes nothing."""
+    assert Environment.read({variable.name: " " for variable in VARIABLES}) == Environment.read({})
+
+
+def test_an_unresolved_placeholder_counts_as_unset_and_is_reported():
+    """RunPod hands over the placeholder's own text where the secret does not exist."""
+    env = Environment.read({"WANDB_API_KEY": "{{ RUNPOD_SECRET_wandb }}"})
+    assert env.wandb_api_key is None
+    assert not env.wandb_on
+    assert env.secrets == ()
+    assert env.warnings == (
+        "WANDB_API_KEY holds the unresolved placeholder {{ RUNPOD_SECRET_wandb }} and counts as unset: "
+        "create that secret in the RunPod console, or set WANDB_API_KEY itself",
+    )
+
+
+def test_a_secret_shows_itself_only_on_request():
+    """Neither repr nor str of the environment holds the key."""
+    env = Environment.read({"WANDB_API_KEY": "0123456789abcdef", "NOTIFY_URL": "https://hooks.example/T0/B1"})
+    assert "0123456789abcdef" not in f"{env!r} {env} {env.wandb_api_key}"
+    assert "hooks.example" not in f"{env!r}"
+    assert env.wandb_api_key == Secret("0123456789abcdef")
+    assert env.wandb_api_key.reveal() == "0123456789abcdef"
+
+
+def test_secrets_are_found_by_name_longest_first():
+    """Keys, tokens, passwords, secrets and the webhook; values of fewer than 4 characters are words."""
+    env = Environment.read(
+        {
+            "RUNPOD_API_KEY": "rp_1234",
+            "HF_TOKEN": "hf_12345",
+            "DASHBOARD_PASSWORD": "pass",
+            "MY_SECRET": "no",
+            "NOTIFY_URL": "https://hooks.example/1",
+            "KEYBOARD": "qwerty",
+        }
+    )
+    assert [secret.reveal() for secret in env.secrets] == ["https://hooks.example/1", "hf_12345", "rp_1234", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "on"),
+    [
+        ({"WANDB_API_KEY": "abcd"}, True),
+        ({"WANDB_MODE": "offline"}, True),
+        ({"WANDB_API_KEY": "abcd", "WANDB_MODE": "disabled"}, False),
+        ({"WANDB_MODE": "online"}, False),
+    ],
+)
+def test_wandb_is_on_with_a_key_or_offline(environ, on):
+    """A key turns it on, offline needs none, disabled wins, online without a key stays off."""
+    assert Environment.read(environ).wandb_on is on
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            {"WANDB_MODE": "ofline"},
+            "environment variable WANDB_MODE: expected one of online, offline, disabled, found 'ofline'",
+        ),
+        (
+            {"LOG_LEVEL": "loud"},
+            "environment variable LOG_LEVEL: expected one of DEBUG, INFO, WARNING, ERROR, found 'loud'",
+        ),
+    ],
+)
+def test_a_value_outside_the_choices_is_an_error(environ, message):
+    """The message names the variable, the choices and what was found."""
+    with pytest.raises(ConfigError) as caught:
+        Environment.read(environ)
+    assert str(caught.value) == message
