@@ -38,6 +38,7 @@ GLOBAL_GROUPS = ("perf", "gpu", "ops")
 GLOBAL_AXIS = "global_step"
 NO_AXIS = ""
 STAGE_TAG = re.compile(r"(?P<stage>stage_\d+)/.+")
+AXIS_OF_STAGE = re.compile(r"stage_\d+/(step|epoch)")
 
 
 def names(stage: str) -> tuple[str, ...]:
@@ -60,6 +61,11 @@ def axis(tag: str) -> str:
     if match := STAGE_TAG.fullmatch(tag):
         return step_axis(match["stage"]) if tag.endswith("_step") else epoch_axis(match["stage"])
     return GLOBAL_AXIS if tag.partition("/")[0] in GLOBAL_GROUPS else NO_AXIS
+
+
+def is_axis(name: str) -> bool:
+    """Whether `name` is the name of an axis."""
+    return name == GLOBAL_AXIS or AXIS_OF_STAGE.fullmatch(name) is not None
 
 
 def keep_before(

@@ -1,0 +1,222 @@
+"""Weights & Biases, the other process: reads the event files and sends them, until its standard input ends.
+
+Which points are sent:
+- offline: all, from the first one on, in each attempt. Offline folders of one run overwrite each other when they are
+  synced, so the newest one is complete, and older ones are deleted as soon as it is.
+- online: those that the server lacks. It says itself how far it got: the last value of each axis stands in the run's
+  summary. Points at that very position are sent again, because it may have got only some of them; a repeated point has
+  the same position and the same value.
+
+The step is logged as a value with `define_metric`, never as `step=`: the server drops rows whose step goes back, and a
+run has three kinds of steps.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import logging
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+
+from app.env import Environment
+from app.log import setup_logging
+from app.ops.event_files import EventReader
+from app.tags import NO_AXIS, axis, is_axis
+
+log = logging.getLogger(__name__)
+
+POLL_S = 5.0
+RETRY_S = 300.0
+INIT_TIMEOUT_S = 60.0
+FINISH_TIMEOUT_S = 60.0
+FLUSH_S = 2.0
+"""Interval at which wandb writes its own file."""
+
+Ended = Callable[[float], bool]
+"""Waits up to so many seconds; True as soon as the trainer has closed the pipe or is dead."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to send where; the trainer writes it into the pipe."""
+
+    root: str
+    tensorboard: str
+    run_id: str
+    run_name: str | None
+    project: str
+    entity: str | None
+    mode: Literal["online", "offline"]
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where wandb keeps its runs."""
+        return Path(self.root) / "wandb"
+
+
+def follow(job: Job, ended: Ended) -> None:
+    """Sends the events of `job` until `ended`, then what is left."""
+    with _only_one(job.folder):
+        run = _start(job, ended)
+        if run is None:
+            return
+        sender = Sender(run)
+        reader = EventReader(Path(job.tensorboard))
+        complete_since = None
+        last = False
+        while not last:
+            last = ended(POLL_S if complete_since else 0.0)
+            for event in reader.poll():
+                sender.send(event)
+            complete_since = complete_since or time.monotonic()
+            if time.monotonic() - complete_since > 2 * FLUSH_S:
+                _remove_superseded(job, run)
+        run.finish()
+        _remove_superseded(job, run)
+
+
+class Sender:
+    """Turns events into rows of one run."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        self._run = run
+        self._defined: set[str] = set()
+        self._sent = _positions(run) if run.resumed else {}
+
+    def send(self, event: Event) -> None:
+        """Sends the points of `event` that the server lacks; one row for each axis."""
+        rows: dict[str, dict[str, Any]] = {}
+        for value in event.summary.value:
+            content = _content(value)
+            name = axis(value.tag)
+            if content is None or event.step < self._sent.get(name, event.step):
+                continue
+            self._define(value.tag, name)
+            rows.setdefault(name, {} if name == NO_AXIS else {name: event.step})[value.tag] = content
+        for row in rows.values():
+            self._run.log({**row, "_timestamp": event.wall_time})
+
+    def _define(self, tag: str, name: str) -> None:
+        if tag in self._defined or name == NO_AXIS:
+            return
+        if name not in self._defined:
+            self._run.define_metric(name, hidden=True)
+        self._run.define_metric(tag, step_metric=name)
+        self._defined |= {tag, name}
+
+
+def _content(value: Any) -> Any:
+    """What is logged for a point; None for texts and layouts, which the config and W&B's own pages replace."""
+    kind = value.WhichOneof("value")
+    if kind == "simple_value":
+        return value.simple_value
+    if kind == "image":
+        return wandb.Image(Image.open(io.BytesIO(value.image.encoded_image_string)))
+    return None
+
+
+def _positions(run: wandb.Run) -> dict[str, int]:
+    """The last step number of each axis that the server has."""
+    summary: Any = run.summary
+    return {name: int(value) for name, value in summary.items() if is_axis(name) and isinstance(value, int | float)}
+
+
+def _start(job: Job, ended: Ended) -> wandb.Run | None:
+    """The run, as soon as the server can be reached; None if the trainer ends before that."""
+    warned = False
+    while True:
+        try:
+            return wandb.init(
+                id=job.run_id,
+                name=job.run_name,
+                project=job.project,
+                entity=job.entity,
+                config=job.config,
+                mode=job.mode,
+                resume="allow",
+                settings=_settings(job),
+            )
+        except wandb.errors.CommError as error:
+            if not warned:
+                log.warning("Weights & Biases cannot be reached, trying again every %.0f s: %s", RETRY_S, error)
+            warned = True
+        if ended(RETRY_S):
+            return None
+
+
+def _settings(job: Job) -> wandb.Settings:
+    """Nothing about this machine leaves it: no console, code, git, packages, host, user, paths or system statistics."""
+    return wandb.Settings(
+        root_dir=job.root,
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        console="off",
+        silent=True,
+        symlink=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        save_code=False,
+        host="",
+        username="",
+        program="",
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=FLUSH_S,
+    )
+
+
+def _remove_superseded(job: Job, run: wandb.Run) -> None:
+    """Deletes the folders of earlier attempts: this one holds all that they hold, and syncing them would undo it."""
+    current = Path(run.dir).parent.name
+    for folder in job.folder.glob(f"*run-*-{job.run_id}"):
+        if folder.name != current and folder.is_dir():
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Waits until the process of an earlier attempt has gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _pipe_ended(timeout_s: float) -> bool:
+    readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
+    return bool(readable)
+
+
+def run_from_pipe() -> None:
+    """Follows the job that stands in the first line of the standard input."""
+    # Only the trainer ends this process: it closes the pipe when it is done, and its death closes it as well.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    setup_logging(None, Environment.read())
+    job = Job(**json.loads(sys.stdin.readline()))
+    try:
+        follow(job, _pipe_ended)
+    except Exception as error:  # noqa: BLE001 - whatever wandb raises, it costs the run one line and nothing else
+        log.warning("Weights & Biases is off from here on: %s: %s", type(error).__name__, error)
+
+
+if __name__ == "__main__":
+    run_from_pipe()

@@ -1,0 +1,86 @@
+"""Weights & Biases, the trainer's half: starts a process that follows the event files, and ends it.
+
+A process of its own because `wandb` replaces `sys.exit`, hooks exceptions, waits at exit for its uploads, and reports
+its own errors home; none of that may reach the trainer. The process may hang or die without a step noticing, and as it
+reads what TensorBoard reads, both show the same numbers and nothing is lost while the network is away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import app
+from app.config import Config
+from app.workspace import RunDir, atomic_write
+
+log = logging.getLogger(__name__)
+
+ID_FILE = "wandb_id"
+MODULE = "app.ops.wandb_follow"
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The config without the paths of this machine."""
+    return config.model_dump(mode="json", exclude={"data": {"path"}})
+
+
+class WandbLog:
+    """A `Follower` that sends a run's event files to Weights & Biases.
+
+    Args:
+        run_dir: the run; its id at Weights & Biases is kept in there, so that every attempt continues the same run.
+        config: shown with the run, without paths.
+        mode: `offline` writes a folder for `wandb sync` instead of sending.
+    """
+
+    def __init__(self, run_dir: RunDir, config: Config, mode: Literal["online", "offline"]) -> None:
+        job = {
+            "root": str(run_dir.path.resolve()),
+            "tensorboard": str(run_dir.tensorboard.resolve()),
+            "run_id": _run_id(run_dir),
+            "run_name": config.run_name,
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "mode": mode,
+            "config": public_config(config),
+        }
+        # `env` sets one variable for the child alone; the config goes through the pipe, where `ps` cannot show it.
+        self._process = subprocess.Popen(
+            ["env", "WANDB_ERROR_REPORTING=false", sys.executable, "-m", MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(app.__file__).resolve().parents[1],
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin
+        self._pipe.write(json.dumps(job) + "\n")
+        self._pipe.flush()
+
+    def close(self, limit_s: float) -> None:
+        """Lets the process send what is left, for at most `limit_s` seconds; the next attempt sends the rest."""
+        self._pipe.close()
+        try:
+            code = self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            log.warning("Weights & Biases did not finish within %.0f s; the next attempt sends the rest", limit_s)
+            return
+        if code:
+            log.warning("Weights & Biases ended early (exit %d); TensorBoard has all points", code)
+
+
+def _run_id(run_dir: RunDir) -> str:
+    path = run_dir.wandb / ID_FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, secrets.token_hex(4).encode())
+    return path.read_text().strip()
