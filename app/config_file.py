@@ -122,7 +122,7 @@ def _read(path: Path) -> tuple[Document, list[Finding]]:
     except YamlSyntaxError as error:
         raise ConfigError(f"{path}:{error.line}:{error.column}: not valid YAML: {error}") from error
     if document.data is None:
-        raise ConfigError(f"{path}: is empty: expected keys such as {', '.join(list(Config.model_fields)[:4])}")
+        raise ConfigError(f"{path}: is empty: expected keys such as run_name, data and stages")
     if not isinstance(document.data, dict):
         kind = "a list" if isinstance(document.data, list) else "a single value"
         raise ConfigError(f"{path}:1: expected keys with values at the top level, found {kind}")

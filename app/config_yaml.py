@@ -133,7 +133,9 @@ class _Builder:
 
     def build(self, node: Node, path: Path) -> Any:
         if id(node) in self.open:
-            self.problem(node, path, "an alias may not contain itself")
+            # The node stands at the anchor; what is wrong is the alias at this key.
+            line = self.document.lines.get(path, node.start_mark.line + 1)
+            self.document.problems.append((path, line, "an alias may not contain itself"))
             return None
         self.open.add(id(node))
         try:
