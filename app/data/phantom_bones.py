@@ -81,7 +81,8 @@ def _paint_sternum(canvas: Canvas, p: Patient) -> None:
     front = np.float32(3 - half_y) + np.float32(26) * np.square(rise) + np.float32(0.5 * half_y) * np.power(rise, 3.0)
     wide = np.float32(13) + np.float32(10) * np.clip((region.z - np.float32(top - 45)) / 45, 0, 1)
     flat = np.sqrt(np.square(region.x / wide) + np.square((region.y - front) / np.float32(5.5))) - 1
-    distance = np.maximum(flat * np.float32(6.5), np.abs(region.z - np.float32((top + bottom) / 2)) - (top - bottom) / 2)
+    end = np.abs(region.z - np.float32((top + bottom) / 2)) - np.float32((top - bottom) / 2)
+    distance = np.maximum(flat * np.float32(6.5), end)
     canvas.paint(region.box, canvas.cover(distance.astype(np.float32)), p.bone_hu + 60)
 
 

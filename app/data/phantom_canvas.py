@@ -8,6 +8,7 @@ at half the resolution is close to the average of its 2^3 blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Pose:
-    """How the patient lies in the cube: shift (x, y, z) in mm, turn about z in radians, lean in x and in y per mm of z."""
+    """How the patient lies in the cube: shift (x, y, z) in mm, turn about z in radians, lean in mm per mm of z."""
 
     shift_mm: Point = (0.0, 0.0, 0.0)
     turn: float = 0.0
@@ -65,9 +66,7 @@ class Canvas:
 
     def region(self, low: Point, high: Point) -> Region:
         """The voxels that a patient-frame box (x, y, z) from low to high, in mm, may touch; possibly none."""
-        corners = np.array(
-            [self.pose.to_cube((x, y, z)) for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])]
-        )
+        corners = np.array([self.pose.to_cube((x, y, z)) for x, y, z in product(*zip(low, high, strict=True))])
         first = np.floor((corners.min(0) / self.voxel_mm) + self.edge / 2 - 1.0).astype(int).clip(0, self.edge)
         last = np.ceil((corners.max(0) / self.voxel_mm) + self.edge / 2 + 1.0).astype(int).clip(0, self.edge)
         box = (slice(first[2], last[2]), slice(first[1], last[1]), slice(first[0], last[0]))
@@ -87,7 +86,13 @@ class Canvas:
         view += share * (np.float32(hu) - view if isinstance(hu, float) else hu - view)
 
     def ellipsoid(
-        self, centre: Point, radii: Point, hu: float, *, axes: NDArray[np.float64] | None = None, mask: Array | None = None
+        self,
+        centre: Point,
+        radii: Point,
+        hu: float,
+        *,
+        axes: NDArray[np.float64] | None = None,
+        mask: Array | None = None,
     ) -> None:
         """Paint an ellipsoid; `axes` (3, 3) has its half-axes' directions as rows, `mask` is a cube of shares."""
         reach = max(radii) if axes is not None else None
@@ -137,7 +142,7 @@ class Canvas:
 
     def tube(self, points: list[Point], radius: float, hu: float) -> None:
         """Paint capsules of one radius along a line of points."""
-        for start, end in zip(points, points[1:], strict=False):
+        for start, end in pairwise(points):
             self.capsule(start, end, radius, radius, hu)
 
     def _paint_masked(self, box: Box, share: Array, hu: float, mask: Array | None) -> None:
