@@ -78,6 +78,7 @@ def rewind(folder: Path, keep: Keep) -> RewindReport:
         MachineError: a file cannot be read or written.
     """
     files = dropped = damaged = 0
+    (folder / REWRITTEN).unlink(missing_ok=True)
     for path in event_files(folder):
         try:
             plan = _plan(path, keep)

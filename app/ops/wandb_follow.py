@@ -186,7 +186,7 @@ def _settings(job: Job) -> wandb.Settings:
 def _remove_superseded(job: Job, run: wandb.Run) -> None:
     """Deletes the folders of earlier attempts: this one holds all that they hold, and syncing them would undo it."""
     current = Path(run.dir).parent.name
-    for folder in job.folder.glob(f"*run-*-{job.run_id}"):
+    for folder in job.folder.glob(f"*run-*-{job.run_id}*"):
         if folder.name != current and folder.is_dir():
             shutil.rmtree(folder)
 

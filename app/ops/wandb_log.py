@@ -50,9 +50,9 @@ class WandbLog:
             "mode": mode,
             "config": public_config(config),
         }
-        # `env` sets one variable for the child alone; the config goes through the pipe, where `ps` cannot show it.
+        # `env` sets variables for the child alone; the config goes through the pipe, where `ps` cannot show it.
         self._process = subprocess.Popen(
-            ["env", "WANDB_ERROR_REPORTING=false", sys.executable, "-m", MODULE],
+            ["env", "WANDB_ERROR_REPORTING=false", "WANDB_SILENT=true", sys.executable, "-m", MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -72,7 +72,7 @@ class WandbLog:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            log.warning("Weights & Biases did not finish within %.0f s; the next attempt sends the rest", limit_s)
+            log.warning("Weights & Biases did not finish within %.1f s; the next attempt sends the rest", limit_s)
             return
         if code:
             log.warning("Weights & Biases ended early (exit %d); TensorBoard has all points", code)
