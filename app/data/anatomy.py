@@ -22,6 +22,7 @@ LUNG_HU = (-950.0, -500.0)
 COARSE_MM = 4.0
 OPENING_MM = 8.0
 LUNG_EDGE = 96
+BLOCK = 32
 
 
 def resample_cube(ct: CTVolume, edge: int, field_of_view_mm: float, centre_mm: Point) -> tuple[Array, float]:
@@ -61,19 +62,32 @@ def box_weights(count: int, spacing_mm: float, edge: int, voxel_mm: float, start
 
 def _average(hu: Array, weights: list[Array]) -> Array:
     """Apply one weight matrix per axis (z, y, x); what no sample covers is air."""
-    z, y, x = weights
-    # Only what the boxes touch is read; the smallest result first keeps the intermediate volumes small.
-    spans = [slice(*_touched(w)) for w in weights]
-    above_air = hu[tuple(spans)] - AIR_HU
-    planes = np.tensordot(z[:, spans[0]], above_air, axes=(1, 0))
-    rows = np.matmul(y[:, spans[1]], planes)
-    return np.asarray(np.matmul(rows, x[:, spans[2]].T) + AIR_HU, dtype=np.float32)
+    above_air = hu[tuple(_touched(w) for w in weights)] - AIR_HU
+    matrices = [w[:, _touched(w)] for w in weights]
+    # The axis that shrinks most goes first, so that the others have less to do.
+    for axis in sorted(range(3), key=lambda axis: matrices[axis].shape[0] / max(matrices[axis].shape[1], 1)):
+        above_air = _along(above_air, matrices[axis], axis)
+    return np.asarray(above_air + AIR_HU, dtype=np.float32)
 
 
-def _touched(weights: Array) -> tuple[int, int]:
-    """First and one past the last sample with a weight."""
+def _along(volume: Array, weights: Array, axis: int) -> Array:
+    """Apply weights (M, n) along one axis of n samples, in blocks, since a row touches few samples."""
+    parts = []
+    flat = volume.reshape(len(volume), volume.shape[1] * volume.shape[2])
+    for start in range(0, len(weights), BLOCK):
+        span = _touched(weights[start : start + BLOCK])
+        rows = weights[start : start + BLOCK, span]
+        if axis == 0:
+            parts.append((rows @ flat[span]).reshape(len(rows), *volume.shape[1:]))
+        else:
+            parts.append(rows @ volume[:, span] if axis == 1 else volume[:, :, span] @ rows.T)
+    return np.concatenate(parts, axis=axis)
+
+
+def _touched(weights: Array) -> slice:
+    """The range of the samples that have a weight."""
     used = np.flatnonzero(weights.any(axis=0))
-    return (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+    return slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
 
 
 def body_centre(ct: CTVolume) -> Point:

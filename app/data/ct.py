@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from app.data.dicom import DicomSeries, discover, read_slices
-from app.data.headers import check_mha, check_nifti, check_nrrd, check_orthonormal
+from app.data.headers import NOT_FINITE, check_mha, check_nifti, check_nrrd, check_orthonormal
 from app.data.itk import image_reader
 from app.data.limits import check_declared, check_file_size
 from app.errors import DataError
@@ -227,7 +227,7 @@ def _check_finite(hu: np.ndarray[Any, Any], path: Path) -> None:
     if np.isfinite(hu.min()) and np.isfinite(hu.max()):
         return
     bad = hu.size - int(np.count_nonzero(np.isfinite(hu)))
-    raise DataError(f"{path}: {bad} voxels are NaN or infinite; replace them, air is -1000 HU")
+    raise DataError(NOT_FINITE.format(path, bad))
 
 
 def _to_hu(

@@ -33,7 +33,7 @@ from app.errors import DataError
 
 MIN_SLICES = 16
 MAX_TILT_DEGREES = 0.5
-GAP_MM = 0.1
+GAP_MM = 0.101  # positions rounded to 0.1 mm make steps that differ by 0.1
 GAP_SHARE = 0.01
 SAME_PLACE_MM = 0.01
 SAME_COVERAGE_MM = 10.0
@@ -143,7 +143,10 @@ def _files(folder: Path, root: Path, problems: dict[tuple[Path, str], list[Path]
 
 def _open(path: Path, max_gib: float) -> SliceHeader | str | None:
     """The header of a DICOM image, the reason why it cannot be read, or None for any other file."""
-    meta = file_meta(path)
+    try:
+        meta = file_meta(path)
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
     if meta is None or not meta.get(OBJECT_CLASS, "").startswith(IMAGE_OBJECTS):
         return None
     if path.stat().st_size > max_gib * GIB:
@@ -239,8 +242,10 @@ def _not_ct(slices: list[SliceHeader]) -> str | None:
         return NO_CODEC.format(_uid(unreadable[0]))
     if not all(header.complete for header in slices):
         return UNREADABLE
-    if not all(header.series_uid and header.position and header.orientation and header.spacing for header in slices):
-        return "no series number (UID), position, orientation or pixel spacing in the headers"
+    if not all(header.study_uid and header.series_uid for header in slices):
+        return "no StudyInstanceUID or SeriesInstanceUID in the headers"
+    if not all(header.position and header.orientation and header.spacing for header in slices):
+        return "no position, orientation or pixel spacing in the headers"
     if len(slices) < MIN_SLICES:
         return f"only {len(slices)} slices, expected at least {MIN_SLICES}"
     return None
@@ -279,7 +284,7 @@ def _not_stacked(positions: np.ndarray[Any, Any], normal: np.ndarray[Any, Any]) 
         return None
     missing = np.round(steps / usual) - 1
     if np.abs(steps - (missing + 1) * usual).max() <= allowed and missing.min() >= 0:
-        return f"{int(missing.sum())} slices missing (steps of {steps.max():.2f} mm among steps of {usual:.2f} mm)"
+        return f"missing slices: {int(missing.sum())} (steps of {steps.max():.2f} mm among steps of {usual:.2f} mm)"
     return f"uneven slice positions: steps of {steps.min():.2f} to {steps.max():.2f} mm"
 
 

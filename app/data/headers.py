@@ -6,7 +6,7 @@ is sheared. A volume whose geometry is a guess may be mirrored, so these files a
 
 from __future__ import annotations
 
-import gzip
+import itertools
 import math
 import struct
 from collections.abc import Iterator
@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from app.data.limits import check_declared, gzip_size
+from app.data.limits import check_declared, chunks
 from app.errors import DataError
 
 HEADER_BYTES = 2**16
 NIFTI_SLACK_BYTES = 2**20
+NIFTI_FLOATS = {16: "f4", 64: "f8"}
+NOT_FINITE = "{}: {} voxels are NaN or infinite; replace them, air is -1000 HU"
 ORTHOGONAL = 1e-3
 NRRD_SPACES = {
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
@@ -27,18 +29,34 @@ NRRD_SPACES = {
 
 
 def check_nifti(path: Path, max_gib: float) -> None:
-    """Check size, single-file layout and geometry of a .nii or .nii.gz file."""
-    packed = path.name.lower().endswith(".gz")
-    expanded = gzip_size(path, max_gib) if packed else path.stat().st_size
-    with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-        header = _nifti_fields(path, stream.read(544))
+    """Check size, single-file layout, geometry and values of a .nii or .nii.gz file, in one pass over its bytes."""
+    stream = chunks(path, max_gib)
+    first = next(stream)
+    header = _nifti_fields(path, first[:544])
     check_declared(path, header["size"], header["bits"] // 8, max_gib)
-    declared = math.prod(header["size"]) * header["bits"] // 8 + header["offset"]
-    if expanded < declared:
-        raise DataError(f"{path}: truncated: the header declares {declared} bytes, found {expanded}")
-    if expanded > declared + NIFTI_SLACK_BYTES:
-        raise DataError(f"{path}: the header declares {declared} bytes, found {expanded}: damaged or made to mislead")
     _check_nifti_geometry(path, header)
+    found, rest, bad = 0, b"", 0
+    for chunk in itertools.chain([first], stream):
+        values = rest + chunk[max(header["offset"] - found, 0) :]
+        whole = len(values) // 8 * 8
+        bad += _not_finite(values[:whole], header)
+        rest = values[whole:]
+        found += len(chunk)
+    declared = math.prod(header["size"]) * header["bits"] // 8 + header["offset"]
+    if found < declared:
+        raise DataError(f"{path}: truncated: the header declares {declared} bytes, found {found}")
+    if found > declared + NIFTI_SLACK_BYTES:
+        raise DataError(f"{path}: the header declares {declared} bytes, found {found}: damaged or made to mislead")
+    if bad:
+        raise DataError(NOT_FINITE.format(path, bad))
+
+
+def _not_finite(raw: bytes, header: dict[str, Any]) -> int:
+    """How many of the voxels in `raw` are NaN or infinite; ITK's reader would set them to 0 HU, tissue, silently."""
+    if header["datatype"] not in NIFTI_FLOATS:
+        return 0
+    values = np.frombuffer(raw, np.dtype(header["order"] + NIFTI_FLOATS[header["datatype"]]))
+    return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
 def _nifti_fields(path: Path, raw: bytes) -> dict[str, Any]:
@@ -67,6 +85,8 @@ def _nifti_fields(path: Path, raw: bytes) -> dict[str, Any]:
         raise DataError(f"{path}: damaged NIfTI header: sizes {list(dims[:rank])}")
     return {
         "size": dims[:rank],
+        "order": order,
+        "datatype": get("h", 70, 12)[0],
         "bits": get("h", 72, 14)[0],
         "offset": int(offset),
         "pixdim": np.array(get(f"8{reals}", 76, 104)[1:4]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from app.errors import DataError
@@ -45,15 +45,16 @@ def check_file_size(path: Path, max_gib: float) -> None:
         raise DataError(f"{path}: the file has {gib:.3g} GiB, the limit data.max_file_gib is {max_gib:g} GiB")
 
 
-def gzip_size(path: Path, max_gib: float) -> int:
-    """Bytes that a gzip file expands to, counted in a stream that stops at `max_gib` and checks the whole file."""
+def chunks(path: Path, max_gib: float) -> Iterator[bytes]:
+    """The content of a file, a gzip file expanded as a stream that stops at `max_gib`; at least one chunk."""
+    packed = path.name.lower().endswith(".gz")
     limit, total = int(max_gib * GIB), 0
     try:
-        with gzip.open(path, "rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                total += len(chunk)
+        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
+            while (chunk := stream.read(CHUNK_BYTES)) or total == 0:
+                total += max(len(chunk), 1)
                 if total > limit:
                     raise DataError(f"{path}: expands to more than {max_gib:g} GiB, the limit data.max_file_gib")
-    except (OSError, EOFError, zlib.error):
+                yield chunk
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise DataError(f"{path}: not a complete gzip file (truncated or damaged); copy it again") from None
-    return total
