@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,21 +18,26 @@ from app.errors import CheckpointError, ConfigError, DataError
 from app.ops.event_files import rewind
 from app.ops.layout import layout
 from app.ops.panels import validation_panel
-from app.ops.progress import write_progress_png
+from app.ops.progress import ProgressPicture
 from app.ops.run_lock import RunLock
 from app.ops.status import RunStatus
-from app.ops.wandb_log import follow
+from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, keep_before
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters
 from app.train.handover import Parents, measure_training_cases, new_state
 from app.train.precision import Precision, choose_device, choose_precision
-from app.train.protocols import CasePicture, Stop
+from app.train.protocols import Stop
 from app.train.samples import StageCases
 from app.train.stage import StageRun, train_stage
 from app.workspace import RunDir, Workspace, atomic_write
 
 log = logging.getLogger(__name__)
+
+FOLLOWERS_AT_END_S = 60.0
+"""For Weights & Biases to send the rest of a finished run."""
+FOLLOWERS_ON_STOP_S = 1.0
+"""The same where a killed pod leaves seconds; the next attempt sends the rest."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,19 @@ class ResumePoint:
 
     stage: StageConfig | None
     """The stage to train; None where all are finished."""
-    payload: dict[str, Any] | None
-    """Its furthest checkpoint; None where the stage has none yet."""
+    found: dict[str, Any] | None
+    """The furthest checkpoint of the run; None where there is none yet."""
     source: str
-    """Name of the checkpoint file, for messages."""
+    """Name of its file, for messages."""
     counters: Counters
+    """Of `stage`."""
+
+    @property
+    def payload(self) -> dict[str, Any] | None:
+        """The checkpoint that `stage` goes on from; None where the stage begins."""
+        if self.found is None or self.stage is None or self.found[RESUME_KEY]["stage"] != self.stage.name:
+            return None
+        return self.found
 
 
 def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, only: Sequence[str] = ()) -> None:
@@ -64,7 +77,7 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
     unknown = sorted(set(only) - {stage.name for stage in config.stages})
     if unknown:
         raise ConfigError(
-            f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(s.name for s in config.stages)}"
+            f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(_names(config))}"
         )
     device = choose_device(config.compute)
     torch.set_num_threads(config.compute.threads)
@@ -74,7 +87,7 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
     run_dir.ensure()
     with RunLock(run_dir.run_lock):
         run_dir.reason.unlink(missing_ok=True)
-        status = RunStatus(run_dir, config)
+        status = RunStatus(run_dir)
         status(state="preparing data")
         report = prepare(config, workspace, stop=stop)
         log.info("prepared cases:\n%s", report.table())
@@ -102,6 +115,7 @@ class _Run:
         self.config, self.workspace, self.env, self.stop = config, workspace, env, stop
         self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
         self.checkpoints = CheckpointFolder(run_dir)
+        self.progress = ProgressPicture(run_dir.progress_png, run_dir.tensorboard, _names(config))
         self.cases = {side: _cases(store, ids) for side, ids in (("train", split.train), ("val", split.val))}
         self.parents = Parents(
             config, self.checkpoints, store, [*self.cases["train"], *self.cases["val"]], workspace.cache
@@ -113,10 +127,10 @@ class _Run:
         if self.config.init_from is not None:
             self._take_over(self.config.init_from)
         point = find_resume_point(self.config, self.checkpoints)
+        precision = self._precision(point)
         if point.stage is None:
             log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
             return
-        precision = self._precision(point)
         log.info("%s", describe(point))
         self._rewind(point)
         run_log = self._open_log()
@@ -132,7 +146,7 @@ class _Run:
                 self.status.close("finished")
                 log.info("finished: all stages are trained; checkpoints in %s", self.run_dir.path)
         finally:
-            run_log.close()
+            run_log.close(FOLLOWERS_ON_STOP_S if self.stop() else FOLLOWERS_AT_END_S)
 
     def _train_stage(
         self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog
@@ -175,19 +189,20 @@ class _Run:
             ),
         )
 
-    def _after_epoch(self, pictures: tuple[CasePicture, ...]) -> None:
-        write_progress_png(self.run_dir, self.config, [validation_panel(case) for case in pictures])
+    def _after_epoch(self) -> None:
+        fields = self.status.fields
+        self.progress.write(f"{fields['stage']}, epoch {fields['epoch']} of {fields['epochs']}", self.status.eta_s())
 
     def _precision(self, point: ResumePoint) -> Precision:
-        name = choose_precision(self.config.compute, self.device)
-        if point.payload is not None:
-            scientific, operational = differences(point.payload["config"], self.config, self.run_dir.path / point.source)
-            if scientific:
-                raise CheckpointError(refusal(scientific))
-            for difference in operational:
-                log.info("changed since the last attempt: %s", difference)
-            name = point.payload[RESUME_KEY]["precision"]
-        return Precision(name, self.device)
+        """The checkpoint's own precision, once its config is found to be the same run's."""
+        if point.found is None:
+            return Precision(choose_precision(self.config.compute, self.device), self.device)
+        scientific, operational = differences(point.found["config"], self.config, self.run_dir.path / point.source)
+        if scientific:
+            raise CheckpointError(refusal(scientific))
+        for difference in operational:
+            log.info("changed since the last attempt: %s", difference)
+        return Precision(point.found[RESUME_KEY]["precision"], self.device)
 
     def _rewind(self, point: ResumePoint) -> None:
         stage, counters = point.stage, point.counters
@@ -196,7 +211,7 @@ class _Run:
         # Before the first step the validation is done again, and with it the points at epoch 0.
         epochs = counters.epochs if counters.step > 0 else -1
         keep = keep_before(
-            [each.name for each in self.config.stages],
+            _names(self.config),
             stage.name,
             step=counters.step,
             epochs=epochs,
@@ -207,11 +222,13 @@ class _Run:
             log.info("curves: %d points beyond the checkpoint were taken back", report.dropped)
 
     def _open_log(self) -> RunLog:
-        follower = follow(self.run_dir, self.config, self.env)
-        run_log = RunLog(
-            TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s), [follower] if follower else []
-        )
-        run_log.layout(layout([stage.name for stage in self.config.stages]))
+        curves = TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s)
+        followers = []
+        if self.env.wandb_on:
+            mode: Literal["online", "offline"] = "offline" if self.env.wandb_mode == "offline" else "online"
+            followers.append(WandbLog(self.run_dir, self.config, mode))
+        run_log = RunLog(curves, followers)
+        run_log.layout(layout(_names(self.config)))
         run_log.text(CONFIG, "\n".join(f"    {line}" for line in resolved_yaml(self.config).splitlines()), 0)
         return run_log
 
@@ -270,7 +287,7 @@ def find_resume_point(config: Config, checkpoints: CheckpointFolder) -> ResumePo
         if entry.counters.epochs < stage.epochs or not checkpoints.whole(stage.name, "final"):
             return ResumePoint(stage, payload, entry.path.name, entry.counters)
         following = config.stages[index + 1] if index + 1 < len(config.stages) else None
-        return ResumePoint(following, None, entry.path.name, Counters(0, 0))
+        return ResumePoint(following, payload, entry.path.name, Counters(0, 0))
     if checkpoints.any_trace():
         raise CheckpointError(
             f"{checkpoints.run_dir.path}: this run had checkpoints and none of them can be used (the damaged ones and "
@@ -290,6 +307,10 @@ def describe(point: ResumePoint) -> str:
         f"resuming {point.stage.name} at epoch {point.counters.epochs}, step {point.counters.step}, "
         f"from {point.source}, verified"
     )
+
+
+def _names(config: Config) -> list[str]:
+    return [stage.name for stage in config.stages]
 
 
 def _cases(store: CaseStore, ids: Sequence[str]) -> list[Case]:

@@ -97,8 +97,8 @@ class StageModel(nn.Module):
             noise_level = xrays.new_zeros(xrays.shape[0])
         elif lowres is not None and lowres_noise is not None:
             lowres = lowres + noise_level[:, None, None, None, None] * lowres_noise
+        volume = self._prior(xrays, views) if lowres is None else self._upsample(lowres)
         with torch.no_grad():
-            volume = self._prior(xrays, views) if lowres is None else self._upsample(lowres)
             rays = [self._unproject(xrays, views, view, self.projector) for view in range(len(VIEWS))]
         lifted = [
             self.lifter.unproject(self.encoder(self._scaled(xrays, view), view).float(), VIEWS[view])
@@ -127,6 +127,7 @@ class StageModel(nn.Module):
         mu = sart(x_to_mu(x_0, self.hu_window), xrays, self.projector, sweeps, view_mask=views)
         return mu_to_x(mu, self.hu_window).clamp(-1.0, 1.0)
 
+    @torch.no_grad()
     def _prior(self, xrays: Tensor, views: Tensor) -> Tensor:
         mean = self.mean.expand(xrays.shape[0], -1, -1, -1, -1)
         return self.data_consistent(mean, xrays, views, self.stage.prior_sweeps)

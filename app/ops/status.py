@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.config import Config
+from app.errors import MachineError
 from app.workspace import RunDir, atomic_write
 
 WRITE_EVERY_S = 5.0
@@ -20,14 +20,14 @@ SMOOTHING = 0.05
 class RunStatus:
     """Collects fields; writes the file at most every few seconds, and at once when the stage or epoch changes."""
 
-    def __init__(self, run_dir: RunDir, config: Config) -> None:
+    def __init__(self, run_dir: RunDir) -> None:
         """Start with what an earlier attempt wrote."""
         self.path = run_dir.status
-        self.config = config
         self.fields: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.fields["started"] = time.time()
         self._written = 0.0
-        self._step_seconds: float | None = None
+        self._step_seconds = 0.0
+        self._stage: str | None = None
         self._bar: tqdm[Any] | None = None
 
     def __call__(self, **fields: Any) -> None:
@@ -44,17 +44,21 @@ class RunStatus:
         self._written = time.monotonic()
         atomic_write(self.path, json.dumps({**self.fields, "time": time.time()}, indent=1).encode())
 
+    def eta_s(self) -> float | None:
+        """Seconds to the end of the stage under way; None before its first step."""
+        eta: float | None = self.fields.get("stage_eta_s")
+        return eta
+
     def close(self, state: str) -> None:
         """The last word: finished, stopped or refused."""
         self._close_bar()
         self(state=state)
 
     def _advance(self, seconds: float) -> None:
-        mean = self._step_seconds
-        if mean is None or self._bar is None or self._bar.desc != self.fields["stage"]:
-            mean = seconds
+        if self._stage != self.fields["stage"]:
+            self._stage, self._step_seconds = self.fields["stage"], seconds
             self._open_bar()
-        self._step_seconds = mean + SMOOTHING * (seconds - mean)
+        self._step_seconds += SMOOTHING * (seconds - self._step_seconds)
         left = self.fields["steps"] - self.fields["step"]
         self.fields["step_seconds"] = self._step_seconds
         self.fields["stage_eta_s"] = left * self._step_seconds
@@ -76,3 +80,49 @@ class RunStatus:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def read_status(run_dir: RunDir) -> dict[str, Any]:
+    """What the run wrote last.
+
+    Raises:
+        MachineError: there is no run, or the file cannot be read.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(run_dir.status.read_text())
+    except FileNotFoundError as error:
+        others = sorted(path.parent.name for path in run_dir.path.parent.glob("*/status.json"))
+        hint = f"; runs here: {', '.join(others)} (--config or RUN_NAME chooses one)" if others else ""
+        raise MachineError(f"{run_dir.status}: no run has started here{hint}") from error
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{run_dir.status}: cannot be read: {error}") from error
+    return fields
+
+
+def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
+    """The status for people, a line per fact."""
+    age = time.time() - fields["time"]
+    lines = [("run", str(run_dir.path)), ("state", f"{fields.get('state', 'unknown')}, updated {_duration(age)} ago")]
+    if "step" in fields:
+        lines += [
+            ("stage", fields["stage"]),
+            ("epoch", f"{fields['epoch']} of {fields['epochs']} completed"),
+            ("step", f"{fields['step']} of {fields['steps']}"),
+            ("loss", f"{fields['loss']:.5f} in the last step"),
+        ]
+    if "val_loss" in fields:
+        lines.append(("validation", f"{fields['val_loss']:.5f}, best {fields['best_val_loss']:.5f}"))
+    if "stage_eta_s" in fields and fields.get("state") == "training":
+        lines.append(("stage ends in", _duration(fields["stage_eta_s"])))
+    if "checkpoint" in fields:
+        lines.append(("checkpoint", f"{fields['checkpoint_file']} at step {fields['checkpoint']}"))
+    if run_dir.reason.exists():
+        lines.append(("REASON", run_dir.reason.read_text().strip()))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

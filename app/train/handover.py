@@ -85,7 +85,7 @@ class Parents:
             {"ema": self._best_hash(stage), "steps": stage.sampler_steps, "sweeps": stage.sart_sweeps}
             for stage in self.config.stages[: index + 1]
         ]
-        name = hashlib.sha256(json.dumps([made_by, self.config.seed, self.store.key]).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([made_by, self.config.seed, self.store.preparation_key]).encode()).hexdigest()[:16]
         return LowresFolder(self.cache / "lowres" / f"{parent.name}-{name}")
 
 

@@ -19,7 +19,7 @@ from app.tags import VAL_PSNR
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.evaluate import Validation, validate
 from app.train.loss import SampleLosses, sample_losses
-from app.train.protocols import CasePicture, Draw, RunLog, Status, Stop
+from app.train.protocols import Draw, RunLog, Status, Stop
 from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
 from app.train.samples import Batch, StageCases, batches
 from app.train.schedule import ema_decay, learning_rate, physics_weight
@@ -39,8 +39,8 @@ class StageRun:
     draw: Draw
     status: Status
     stop: Stop
-    after_epoch: Callable[[tuple[CasePicture, ...]], None]
-    """Told what was sampled, when an epoch is complete and saved."""
+    after_epoch: Callable[[], None]
+    """Called when an epoch is complete and saved."""
     first_global_step: int
     """Optimizer steps of all earlier stages; the `perf/` tags stand on the sum."""
 
@@ -224,8 +224,13 @@ def _end_epoch(state: StageState, run: StageRun) -> None:
     )
     _save(state, run, _kinds(state))
     run.checkpoints.retain(stage.name, config.checkpoint.keep_last_n_checkpoints)
-    run.status(val_loss=progress.val_loss, best_val_loss=progress.best_val_loss, train_loss=train_loss)
-    run.after_epoch(validation.pictures)
+    run.status(
+        epoch=progress.epochs,
+        val_loss=progress.val_loss,
+        best_val_loss=progress.best_val_loss,
+        train_loss=train_loss,
+    )
+    run.after_epoch()
 
 
 def _kinds(state: StageState) -> list[str]:
@@ -294,7 +299,7 @@ def _save(state: StageState, run: StageRun, kinds: list[str]) -> None:
     """Publish the state; every point up to it is in the event files first, so that a resume finds no gap."""
     run.run_log.flush()
     run.checkpoints.publish(state.stage.name, kinds, state.payload(), state.progress.counters)
-    run.status(checkpoint=state.progress.step)
+    run.status(checkpoint=state.progress.step, checkpoint_file=f"{state.stage.name}_{kinds[0]}.pt")
 
 
 def _not_finite(state: StageState, step: int, values: StepValues) -> str:
