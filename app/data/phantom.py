@@ -33,7 +33,9 @@ def phantom_hu(seed: int, index: int, edge: int, field_of_view_mm: float) -> NDA
     patient = draw_patient(rng)
     canvas = Canvas(edge * factor, field_of_view_mm, patient.pose)
     paint_patient(canvas, patient, rng)
-    return np.rint(pool(canvas.hu, factor, 3)).clip(LOWEST_HU, HIGHEST_HU).astype(np.int16)
+    # Clipped before averaging: what a coarse voxel shows is the average of what fine ones may show.
+    np.clip(canvas.hu, LOWEST_HU, HIGHEST_HU, out=canvas.hu)
+    return np.rint(pool(canvas.hu, factor, 3)).astype(np.int16)
 
 
 def paint_patient(canvas: Canvas, patient: Patient, rng: np.random.Generator) -> None:
@@ -280,7 +282,7 @@ def _paint_airways(canvas: Canvas, p: Patient) -> None:
 def _paint_texture(canvas: Canvas, p: Patient, body: Array, lungs: Array, rng: np.random.Generator) -> None:
     """Add smooth random waves inside the body, stronger in the lungs; none is shorter than 14 mm."""
     waves = 24
-    axis = ((np.arange(canvas.edge) + 0.5) * canvas.voxel_mm).astype(np.float64)
+    axis = ((np.arange(canvas.edge) + 0.5) - canvas.edge / 2) * canvas.voxel_mm
     lengths = rng.uniform(14.0, 60.0, (3, waves))
     phases = rng.uniform(0.0, 2 * np.pi, (3, waves))
     z, y, x = (np.cos(axis[:, None] * (2 * np.pi / lengths[i]) + phases[i]).astype(np.float32) for i in range(3))

@@ -104,6 +104,9 @@ class Canvas:
         # Below the voxel's size a shape keeps its volume, not its edge.
         drawn = [max(radius, 0.6 * self.voxel_mm) for radius in radii]
         weight = np.float32(np.prod([radius / wide for radius, wide in zip(radii, drawn, strict=True)]))
+        if min(drawn) < self.voxel_mm:
+            # The edge's ramp makes a sphere larger: the mean of (r + t)^3 over |t| < h/2 is r^3 + r h^2 / 4.
+            weight /= np.float32(1 + (self.voxel_mm / float(np.mean(drawn))) ** 2 / 4)
         total = np.zeros(region.x.shape, np.float32)
         for row, radius in zip(np.eye(3) if axes is None else axes, drawn, strict=True):
             along = sum(np.float32(part / radius) * offset for part, offset in zip(row, offsets, strict=True) if part)

@@ -81,9 +81,9 @@ def draw_patient(rng: np.random.Generator) -> Patient:
         float(np.tan(u(-4, 4) * degrees)),
         float(np.tan(u(-6, 6) * degrees)),
     )
-    fat = float(4 + 26 * rng.beta(1.4, 2.6))
-    depth = float(u(98, 116)) * scale + 0.8 * fat
-    width = float(u(142, 160)) * scale + fat
+    fat = float(7 + 26 * rng.beta(1.4, 2.6))
+    depth = float(u(100, 118)) * scale + 0.8 * fat
+    width = float(u(144, 162)) * scale + fat
     big_heart = float(u(1.15, 1.35)) if u() < 0.15 else 1.0
     heart_size = float(u(0.88, 1.1)) * scale * big_heart
     dome = float(u(-105, -55)) * scale
@@ -97,7 +97,7 @@ def draw_patient(rng: np.random.Generator) -> Patient:
         half_depth=depth,
         squareness=float(u(0.35, 0.75)),
         fat=fat,
-        muscle=float(u(9, 18)) * scale,
+        muscle=float(u(13, 20)) * scale,
         apex_z=float(u(118, 142)) * scale,
         dome_z=(dome, dome - float(u(4, 22))),
         dome_drop=float(u(38, 62)) * scale,

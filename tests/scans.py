@@ -1,0 +1,44 @@
+"""Writes scans and radiographs of phantom patients, as a user might have them."""
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from PIL import Image
+
+from app.config import Config
+from app.data.cases import CaseStore
+from app.data.phantom import phantom_hu
+from app.workspace import Workspace
+from tests.conftest import tiny_config
+
+FIELD_OF_VIEW_MM = 384.0
+
+
+def ct_config(*overrides: str) -> Config:
+    """The tiny cascade on scans instead of phantoms."""
+    return tiny_config("data.source=ct", *overrides)
+
+
+def write_scan(path: Path, index: int, edge: int = 48) -> NDArray[np.int16]:
+    """Phantom patient `index` as a volume file of any format, (edge, edge, edge) over 384 mm; returns its HU."""
+    hu = phantom_hu(11, index, edge, FIELD_OF_VIEW_MM)
+    image = sitk.GetImageFromArray(hu)
+    image.SetSpacing([FIELD_OF_VIEW_MM / edge] * 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return hu
+
+
+def prepared_xrays(workspace: Workspace, config: Config) -> NDArray[np.float32]:
+    """The radiographs (2, N, N) at the finest edge of the only case of a store."""
+    store = CaseStore.open(config, workspace)
+    (case,) = store.cases
+    return store.load(case.id, config.stages[-1].resolution).xrays
+
+
+def write_png(path: Path, values: NDArray[np.float32]) -> None:
+    """An array with row 0 inferior as a 16-bit image with row 0 superior; the largest value becomes white."""
+    pixels = np.rint(values[::-1] * (65535 / values.max())).astype(np.uint16)
+    Image.fromarray(pixels).save(path)
