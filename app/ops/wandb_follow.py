@@ -1,4 +1,4 @@
-"""Weights & Biases, the other process: reads the event files and sends them, until its standard input ends.
+"""Weights & Biases, the other process: reads the event files and sends them, until its standard input says so or ends.
 
 Which points are sent:
 - offline: all, from the first one on, in each attempt. Offline folders of one run overwrite each other when they are
@@ -133,7 +133,8 @@ def _content(value: Any) -> Any:
 def _positions(run: wandb.Run) -> dict[str, int]:
     """The last step number of each axis that the server has."""
     summary: Any = run.summary
-    return {name: int(value) for name, value in summary.items() if is_axis(name) and isinstance(value, int | float)}
+    found = {name: summary.get(name) for name in list(summary.keys()) if is_axis(name)}
+    return {name: int(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _start(job: Job, ended: Ended) -> wandb.Run | None:
@@ -153,8 +154,10 @@ def _start(job: Job, ended: Ended) -> wandb.Run | None:
             )
         except wandb.errors.CommError as error:
             if not warned:
-                log.warning("Weights & Biases cannot be reached, trying again every %.0f s: %s", RETRY_S, error)
+                log.warning("Weights & Biases cannot be reached, trying again every %.0f s: %s", RETRY_S, _line(error))
             warned = True
+        # Its service still holds the run that could not be opened, and would refuse the next attempt.
+        wandb.teardown()
         if ended(RETRY_S):
             return None
 
@@ -200,22 +203,33 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _pipe_ended(timeout_s: float) -> bool:
+    """Whether the trainer wrote its second line, or has gone."""
     readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
     return bool(readable)
 
 
+def _first_line() -> bytes:
+    # Unbuffered, so that `select` sees the second line even if both have come.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as pipe:
+        return pipe.readline()
+
+
 def run_from_pipe() -> None:
-    """Follows the job that stands in the first line of the standard input."""
-    # Only the trainer ends this process: it closes the pipe when it is done, and its death closes it as well.
+    """Follows the job that stands in the first line of the standard input, until there is a second line or the end."""
+    # Only the trainer ends this process: it writes when it is done, and its death closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     setup_logging(None, Environment.read())
-    job = Job(**json.loads(sys.stdin.readline()))
+    job = Job(**json.loads(_first_line()))
     try:
         follow(job, _pipe_ended)
     except Exception as error:  # noqa: BLE001 - whatever wandb raises, it costs the run one line and nothing else
-        log.warning("Weights & Biases is off from here on: %s: %s", type(error).__name__, error)
+        log.warning("Weights & Biases is off from here on: %s: %s", type(error).__name__, _line(error))
 
 
 if __name__ == "__main__":

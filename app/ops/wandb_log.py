@@ -55,17 +55,18 @@ class WandbLog:
             ["env", "WANDB_ERROR_REPORTING=false", "WANDB_SILENT=true", sys.executable, "-m", MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            text=True,
+            bufsize=0,
             cwd=Path(app.__file__).resolve().parents[1],
             start_new_session=True,
         )
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
-        self._pipe.write(json.dumps(job) + "\n")
-        self._pipe.flush()
+        self._tell(json.dumps(job))
 
     def close(self, limit_s: float) -> None:
         """Lets the process send what is left, for at most `limit_s` seconds; the next attempt sends the rest."""
+        # A line, since the end of the pipe would not be seen while a forked worker holds a copy of it.
+        self._tell("end")
         self._pipe.close()
         try:
             code = self._process.wait(limit_s)
@@ -76,6 +77,12 @@ class WandbLog:
             return
         if code:
             log.warning("Weights & Biases ended early (exit %d); TensorBoard has all points", code)
+
+    def _tell(self, line: str) -> None:
+        try:
+            self._pipe.write(f"{line}\n".encode())
+        except BrokenPipeError:
+            log.debug("the process is gone; `close` reports its exit code")
 
 
 def _run_id(run_dir: RunDir) -> str:

@@ -1,13 +1,20 @@
 """Weights & Biases gets what TensorBoard gets, learns nothing about the machine, and cannot hold the run up."""
 
+import contextlib
+import gzip
 import json
 import os
+import re
 import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,7 @@ from app.tags import axis, is_axis, keep_before
 from app.workspace import RunDir
 
 BLOCK_BYTES = 32768
+KEY = "0123456789abcdef0123456789abcdef01234567"
 Points = dict[str, list[tuple[int, float]]]
 
 
@@ -48,7 +56,7 @@ def records(path: Path) -> Iterator[Record]:
 def rows(path: Path) -> list[dict[str, Any]]:
     """The history rows of a `.wandb` file."""
     return [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records(path)
         if record.HasField("history")
     ]
@@ -59,7 +67,12 @@ def points_of(path: Path) -> Points:
     found: Points = defaultdict(list)
     for row in rows(path):
         for tag, content in row.items():
-            if not is_axis(tag) and axis(tag) in row and isinstance(content, int | float):
+            if (
+                not is_axis(tag)
+                and axis(tag) in row
+                and not re.search(r"\.(size|width|height)$", tag)
+                and isinstance(content, int | float)
+            ):
                 found[tag].append((row[axis(tag)], float(content)))
     return dict(found)
 
@@ -141,7 +154,7 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
 ) -> None:
     """Key, webhook, data folder, host, user and command line stay out of every file that wandb writes."""
     planted = {
-        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+        "WANDB_API_KEY": KEY,
         "NOTIFY_URL": "https://hooks.example.org/T0P53CR3T",
         "USER": "planted-user",
         "LOGNAME": "planted-user",
@@ -180,6 +193,122 @@ def test_the_config_is_shown_without_paths(run: RunDir) -> None:
     assert "path" not in updates["data"]
 
 
+class Server(ThreadingHTTPServer):
+    """As much of the W&B server as one run needs: it keeps history and summary, and says what it has."""
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), ServerHandler)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.requests: list[bytes] = []
+
+    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a GraphQL request."""
+        project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "lab"}}
+        bucket = {"id": "b", "name": variables.get("name"), "displayName": "run", "historyLineCount": len(self.history)}
+        if operation == "RunResumeStatus":
+            tail = json.dumps([json.dumps(row) for row in self.history[-1:]])
+            state = {"summaryMetrics": json.dumps(self.summary), "historyTail": tail, "eventsTail": "[]"}
+            counts = {"logLineCount": 0, "eventsLineCount": 0, "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
+            return {"model": {**project, "bucket": {**bucket, **state, **counts} if self.history else None}}
+        if operation == "UpsertBucket":
+            return {"upsertBucket": {"bucket": {**bucket, "config": "{}", "project": project}, "inserted": True}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.address}/upload"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        return {}
+
+    def receive(self, files: dict[str, Any]) -> None:
+        """A piece of the file stream."""
+        if history := files.get("wandb-history.jsonl"):
+            assert history["offset"] == len(self.history)
+            self.history += [json.loads(line) for line in history["content"]]
+        if summary := files.get("wandb-summary.json"):
+            self.summary = json.loads(summary["content"][-1])
+
+
+class ServerHandler(BaseHTTPRequestHandler):
+    """Reads one request and answers it."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.requests.append(self.path.encode() + body)
+        answer: dict[str, Any] = {}
+        if self.path == "/graphql":
+            request = json.loads(body)
+            answer = {"data": self.server.answer(request.get("operationName", ""), request["variables"])}
+        elif self.path.endswith("/file_stream"):
+            self.server.receive(json.loads(body).get("files") or {})
+        encoded = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(encoded)))
+        self.end_headers()
+        self.wfile.write(encoded)
+
+    do_PUT = do_POST
+
+    def handle(self) -> None:
+        """A client that was killed is no error."""
+        with contextlib.suppress(ConnectionResetError):
+            super().handle()
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A W&B server to which the environment points."""
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+        server.shutdown()
+
+
+def test_an_online_run_goes_on_where_the_server_stands(run: RunDir, online: Server) -> None:
+    """Steps that are repeated are not sent again: each point is there once, save those of the last position, which the
+    server may have got in part."""
+    log = start(run, "online")
+    log_steps(log, 1, 37)
+    log.close()
+    assert online.summary["stage_16/step"] == 37
+
+    rewind(run.tensorboard, keep_before(["stage_16"], "stage_16", step=25, epochs=2, global_step=25))
+    log = start(run, "online")
+    log_steps(log, 26, 45)
+    log.close()
+
+    assert [row["_step"] for row in online.history] == list(range(len(online.history)))
+    found: Points = defaultdict(list)
+    for row in online.history:
+        for tag in ("stage_16/train_loss_step", "perf/samples_per_s", "stage_16/val_loss"):
+            if tag in row:
+                found[tag].append((row[axis(tag)], float(row[tag])))
+    expected = tensorboard_points(run.tensorboard)
+    for tag, last in (("stage_16/train_loss_step", 37), ("perf/samples_per_s", 37), ("stage_16/val_loss", 3)):
+        again = [point for point in expected[tag] if point[0] == last]
+        assert sorted(found[tag]) == sorted(expected[tag] + again)
+
+
+def test_nothing_about_the_machine_is_sent(run: RunDir, online: Server) -> None:
+    """No request to the server names the host, a path, the command or the key."""
+    log = start(run, "online", Config.model_validate({"data": {"path": "/data/Doe^Jane"}}))
+    log_steps(log, 1, 10)
+    log.close()
+    sent = b"\n".join(online.requests)
+    assert b"stage_16/val_loss" in sent
+    forbidden = ["Doe^Jane", socket.gethostname(), str(run.path), "pytest", "wandb_follow", KEY]
+    assert [text for text in forbidden if text.encode() in sent] == []
+
+
 @pytest.mark.parametrize("server", ["refuses", "never answers"])
 def test_a_dead_network_costs_neither_steps_nor_the_end(
     run: RunDir, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -190,12 +319,12 @@ def test_a_dead_network_costs_neither_steps_nor_the_end(
         if server == "never answers":
             listener.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
         began = time.monotonic()
         log = start(run, "online")
         log_steps(log, 1, 40)
         assert time.monotonic() - began < 1
-        time.sleep(3)
+        time.sleep(1.5)
         began = time.monotonic()
         log.close(limit_s=0.5)
         assert time.monotonic() - began < 1.5
@@ -203,6 +332,54 @@ def test_a_dead_network_costs_neither_steps_nor_the_end(
     assert [record.getMessage() for record in caplog.records] == [
         "Weights & Biases did not finish within 0.5 s; the next attempt sends the rest"
     ]
+
+
+IMPATIENT = "import app.ops.wandb_follow as w; w.INIT_TIMEOUT_S, w.RETRY_S, w.POLL_S = 1.0, 0.5, 0.5; w.run_from_pipe()"
+
+
+def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tries find nobody; when the server appears it gets everything, in order, and the log has one line."""
+    log = RunLog(TensorBoardLog(run.tensorboard))
+    log_steps(log, 1, 10)
+    log.close()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    job = {"root": str(run.path), "tensorboard": str(run.tensorboard), "run_id": "0a1b2c3d", "run_name": None}
+    job |= {"project": "p", "entity": None, "mode": "online", "config": {}}
+    command = [sys.executable, "-c", IMPATIENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        assert "Weights & Biases cannot be reached, trying again every" in process.stderr.readline()
+        with Server(port) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            deadline = time.monotonic() + 20
+            while not any(b"UpsertBucket" in request for request in server.requests) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.stdin.close()
+            assert process.wait(20) == 0
+            server.shutdown()
+        assert process.stderr.read() == ""
+    steps = [row["stage_16/step"] for row in server.history if "stage_16/train_loss_step" in row]
+    assert steps == list(range(1, 11))
+
+
+def test_a_worker_that_holds_the_pipe_does_not_delay_the_end(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    """Forked workers inherit the trainer's end of the pipe and may outlive the log."""
+    follower = WandbLog(run, Config(), "offline")
+    copy = os.dup(follower._pipe.fileno())
+    log = RunLog(TensorBoardLog(run.tensorboard), [follower])
+    log_steps(log, 1, 3)
+    log.close()
+    os.close(copy)
+    assert not caplog.records
+    assert points_of(wandb_file(run)) == tensorboard_points(run.tensorboard)
 
 
 def test_a_wandb_that_dies_is_reported_and_no_more(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
