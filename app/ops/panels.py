@@ -8,6 +8,7 @@ is on the viewer's right; on sagittal slices and the lateral view anterior is on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,28 +52,32 @@ SLICE_COLUMNS = ("truth", "prediction", "|error|", "condition")
 VIEW_COLUMNS = ("X-ray", "DRR of prediction", "DRR - X-ray", "colours")
 
 
-@dataclass(frozen=True)
-class PanelCase:
+class PanelCase(Protocol):
     """One validation case: what is known of it and what the model made."""
 
-    title: str
-    """Shown above the picture: pseudonym, stage, epoch."""
-    truth: Floats
-    """(D, H, W) HU."""
-    prediction: Floats
-    """(D, H, W) HU."""
-    condition: Floats
-    """(D, H, W) HU: the prior, or the previous stage's volume."""
-    xrays: Floats
-    """(2, Nv, Nu) line integrals, frontal and lateral."""
-    drr: Floats
-    """(2, Nv, Nu) line integrals of the prediction."""
+    @property
+    def title(self) -> str:
+        """Shown above the picture: pseudonym, stage, epoch."""
 
-    def __post_init__(self) -> None:
-        for field, like in (("prediction", "truth"), ("condition", "truth"), ("drr", "xrays")):
-            found, expected = getattr(self, field).shape, getattr(self, like).shape
-            if found != expected:
-                raise ValueError(f"{field} has shape {found}, expected that of {like}: {expected}")
+    @property
+    def truth(self) -> Floats:
+        """(D, H, W) HU."""
+
+    @property
+    def prediction(self) -> Floats:
+        """(D, H, W) HU."""
+
+    @property
+    def condition(self) -> Floats:
+        """(D, H, W) HU: the prior, or the previous stage's volume."""
+
+    @property
+    def xrays(self) -> Floats:
+        """(2, Nv, Nu) line integrals, frontal and lateral."""
+
+    @property
+    def drr(self) -> Floats:
+        """(2, Nv, Nu) line integrals of the prediction."""
 
 
 def validation_panel(case: PanelCase) -> Picture:
@@ -80,7 +85,14 @@ def validation_panel(case: PanelCase) -> Picture:
 
     Rows: axial, coronal and sagittal middle slice, then both views. Columns of the slices: truth, prediction, absolute
     error, condition; of the views: X-ray, DRR of the prediction, DRR minus X-ray, scale of the colours.
+
+    Raises:
+        ValueError: arrays that belong together differ in shape.
     """
+    for name, like in (("prediction", "truth"), ("condition", "truth"), ("drr", "xrays")):
+        found, expected = getattr(case, name).shape, getattr(case, like).shape
+        if found != expected:
+            raise ValueError(f"{name} has shape {found}, expected that of {like}: {expected}")
     tile = _tile_edge(case.truth.shape[0])
     brightest = max(float(case.xrays.max()), 1e-6)
     slices = [_slices(case, plane.name, tile) for plane in PLANES]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from app.ops.panels import SMALLEST_TILE, PanelCase, middle_slice, validation_panel
+from app.ops.panels import SMALLEST_TILE, middle_slice, validation_panel
+from app.train.protocols import CasePicture
 
 AIR = -1000.0
 
@@ -35,12 +36,12 @@ def test_slices_are_the_right_way_round(plane: str, where: dict[int, str]) -> No
         assert value in borders[border]
 
 
-def case(edge: int, **changes: np.ndarray) -> PanelCase:
+def case(edge: int, **changes: np.ndarray) -> CasePicture:
     """A case of air and empty radiographs, with changes."""
     air = np.full((edge,) * 3, AIR, np.float32)
     flat = np.zeros((2, edge, edge), np.float32)
     arrays = {"truth": air, "prediction": air, "condition": air, "xrays": flat, "drr": flat, **changes}
-    return PanelCase("case 3fa2b1c0", **arrays)
+    return CasePicture("case 3fa2b1c0", **arrays)
 
 
 def tile(picture: np.ndarray, row: int, column: int, edge: int) -> np.ndarray:
@@ -84,4 +85,4 @@ def test_radiographs_stand_upright_and_share_their_scale() -> None:
 def test_arrays_of_different_shape_are_refused() -> None:
     """The message names the array."""
     with pytest.raises(ValueError, match=r"drr has shape \(2, 8, 8\), expected that of xrays: \(2, 16, 16\)"):
-        case(16, drr=np.zeros((2, 8, 8), np.float32))
+        validation_panel(case(16, drr=np.zeros((2, 8, 8), np.float32)))
