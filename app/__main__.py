@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from app.env import Environment
 from app.errors import AppError, ConfigError, Stopped
@@ -57,15 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         env = Environment.read()
-        setup_logging(None, env)
+        setup_logging(Workspace(env.workspace).logs if arguments.command == "train" else None, env)
     except AppError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    sys.excepthook = _log_crash
     try:
         return int(arguments.run(arguments, env))
     except AppError as error:
         log.error("%s", error)
         return error.exit_code
+
+
+def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error that nobody foresaw goes into the log file too, with its traceback."""
+    log.critical("crashed; started again, the run goes on from its last checkpoint", exc_info=(kind, error, trace))
 
 
 Handler = Callable[[argparse.Namespace, Environment], int]
@@ -98,7 +105,6 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
     run_dir: RunDir | None = None
     try:
         config = load_config(_config_path(arguments, env), arguments.overrides, env)
-        setup_logging(workspace.logs, env)
         run_dir = workspace.run_dir(config.run_name)
         train(config, workspace, env, stop, arguments.stages)
     except Stopped as error:

@@ -76,9 +76,7 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
     """
     unknown = sorted(set(only) - {stage.name for stage in config.stages})
     if unknown:
-        raise ConfigError(
-            f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(_names(config))}"
-        )
+        raise ConfigError(f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(_names(config))}")
     device = choose_device(config.compute)
     torch.set_num_threads(config.compute.threads)
     torch.set_flush_denormal(True)

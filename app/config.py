@@ -6,6 +6,7 @@ operational one may. YAML files say only what a run changes; `app.config_file` r
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,7 +22,9 @@ def operational(default: Any, **constraints: Any) -> Any:
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class PhantomConfig(Section):
@@ -72,7 +75,9 @@ class GeometryConfig(Section):
     preset: Literal["chest_stand", "c_arm", "luna16", "custom"] = "chest_stand"
     """chest_stand: SDD 1800 / SOD 1500 mm; c_arm: 1020 / 850; luna16: 1200 / 800; custom: the two fields below."""
     source_to_detector_mm: float | None = Field(None, gt=0)
+    """Along the central ray."""
     source_to_isocenter_mm: float | None = Field(None, gt=0)
+    """Along the central ray; the isocentre is the centre of the cube."""
     detector_mm: float | None = Field(None, gt=0)
     """Edge of the square detector; null covers the field of view at the isocentre plus 10 %."""
 
@@ -98,8 +103,11 @@ class BackboneConfig(Section):
     blocks: int = Field(2, ge=1, le=8)
     """Residual blocks per CNN level, on the way down and on the way up."""
     vit_width: int = Field(384, ge=32)
+    """Channels of a token."""
     vit_depth: int = Field(8, ge=0)
+    """Transformer blocks on the coarsest grid; 0 leaves a plain CNN."""
     vit_heads: int = Field(6, ge=1)
+    """Attention heads."""
     xray_widths: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (32, 64, 96)
     """Channels of the 2D X-ray encoder, one level per entry; its features are lifted onto the token grid."""
     checkpoint_activations: bool = operational(False)
@@ -122,7 +130,7 @@ class StageConfig(Section):
     """Edge of the stage's cube in voxels."""
     backbone: BackboneConfig = BackboneConfig()
     epochs: int = Field(100, ge=1)
-    """Training length. May grow on resume where `optimizer.schedule` is `constant`."""
+    """Training length. May grow on resume where `optimizer.schedule` is `constant` and `physics.weight` is 0."""
     samples_per_epoch: int = Field(512, ge=1)
     """How many samples are an epoch, whatever the number of patients."""
     batch: int = Field(8, ge=1)
@@ -130,7 +138,9 @@ class StageConfig(Section):
     micro_batch: int | None = operational(None, ge=1)
     """Samples per forward pass; null is the whole batch. Gradients accumulate to `batch`."""
     learning_rate: float = Field(2e-4, gt=0)
+    """Of AdamW, after the warm-up."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Largest decay of the averaged weights, which validation, sampling and the next stage use."""
     sampler_steps: int = Field(8, ge=1, le=1000)
     """Steps of the sampler at the hand-over to the next stage and in the pictures."""
     sart_sweeps: int = Field(2, ge=0, le=50)
@@ -171,7 +181,9 @@ class DiffusionConfig(Section):
     """Variance-preserving diffusion with a shifted cosine schedule."""
 
     log_snr_min: float = -10.0
+    """log SNR at t = 1, nearly pure noise."""
     log_snr_max: float = 10.0
+    """log SNR at t = 0, nearly clean."""
     shift_resolution: int = Field(32, ge=1)
     """Cube edge at which the cosine schedule is unshifted; at N it moves by 2 log(shift_resolution / N)."""
     loss_weight_max: float = Field(5.0, ge=1)
@@ -182,6 +194,12 @@ class DiffusionConfig(Section):
     """Noise augmentation of the previous stage's volume in training: s ~ U(0, this)."""
     lowres_real_share: float = Field(0.5, ge=0, le=1)
     """Share of the training samples whose low-resolution volume is the previous stage's own output."""
+
+    @model_validator(mode="after")
+    def _log_snr_is_ordered(self) -> Self:
+        if not self.log_snr_min < self.log_snr_max:
+            raise ValueError(f"log_snr_min {self.log_snr_min} must be below log_snr_max {self.log_snr_max}")
+        return self
 
 
 class PhysicsConfig(Section):
@@ -207,9 +225,13 @@ class OptimizerConfig(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine decay to `final_learning_rate_ratio`, or constant."""
     warmup_steps: int = Field(200, ge=0)
+    """Steps of the linear rise from 0."""
     final_learning_rate_ratio: float = Field(0.02, ge=0, le=1)
+    """Share of the learning rate at the end of the cosine."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.99)
+    """Decay of AdamW's two averages."""
     weight_decay: float = Field(0.01, ge=0)
+    """Decoupled, as in AdamW."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest L2 norm of the gradient of a step."""
 
@@ -229,7 +251,9 @@ class LoggingConfig(Section):
     """What is written where, and how often."""
 
     log_every_n_steps: int = operational(50, ge=1)
+    """Steps between two points of the per-step curves; the first step is always logged."""
     images_every_n_epochs: int = operational(1, ge=1)
+    """Epochs between two sets of pictures."""
     flush_s: float = operational(5.0, gt=0, le=15)
     """Points reach the event file at least this often."""
 
@@ -238,6 +262,7 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     save_every_n_epochs: int = operational(5, ge=1)
+    """Epochs between two `_epoch_{N}.pt`."""
     keep_last_n_checkpoints: int | None = operational(None, ge=1)
     """How many `_epoch_{N}.pt` of a stage are kept; null keeps all."""
     save_every_s: float = operational(120.0, gt=0)
@@ -247,7 +272,7 @@ class CheckpointConfig(Section):
 class ComputeConfig(Section):
     """The machine that the run needs."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = operational("auto")
     """`auto` takes a GPU where there is one; `cuda` refuses to start without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: fp32 on a CPU, bf16 on a GPU that has it, else fp16 with a gradient scaler. A resumed run keeps its own."""
@@ -261,7 +286,9 @@ class WandbConfig(Section):
     """Weights & Biases: on when WANDB_API_KEY is set or WANDB_MODE is offline."""
 
     project: str = operational("hybrid-vit-cascade")
+    """Project at Weights & Biases."""
     entity: str | None = operational(None)
+    """User or team; null is the default of the API key."""
 
 
 class Config(Section):
@@ -272,6 +299,7 @@ class Config(Section):
     init_from: str | None = operational(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Another run of the workspace, trained on the same cases, whose finished stages this run takes over."""
     seed: int = Field(0, ge=0)
+    """Everything random in a run is a function of it."""
     data: DataConfig = DataConfig()
     geometry: GeometryConfig = GeometryConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False, min_length=1)] = (
@@ -292,7 +320,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_ascend(self) -> Self:
         edges = [stage.resolution for stage in self.stages]
-        for coarse, fine in zip(edges, edges[1:], strict=False):
+        for coarse, fine in pairwise(edges):
             if fine <= coarse or fine % coarse:
                 raise ValueError(f"stages must ascend, each a multiple of the one before: found {edges}")
         if any(edges[-1] % edge for edge in edges):

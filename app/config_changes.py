@@ -37,7 +37,8 @@ def differences(old: Mapping[str, Any], new: Config, path: Path) -> tuple[list[D
 
     Returns:
         (scientific, operational) differences. The length of a stage is operational only where it grows under a
-        constant learning rate; the precision always is, because a resumed run keeps the checkpoint's.
+        constant learning rate without a physics loss; the precision always is, because a resumed run keeps the
+        checkpoint's.
 
     Raises:
         CheckpointError: `old` does not fit the schema.
@@ -71,7 +72,9 @@ def _is_operational(difference: Difference, new: Config) -> bool:
     if parts[0] == "stages" and len(parts) > 1:
         parts[1] = "*"
     if parts == ["stages", "*", "epochs"]:
-        return new.optimizer.schedule == "constant" and bool(difference.new > difference.old)
+        # The physics ramp is a share of the epochs: with it, another length is another weight in every epoch.
+        same_start = new.optimizer.schedule == "constant" and new.physics.weight == 0
+        return same_start and bool(difference.new > difference.old)
     key = ".".join(parts)
     return key == PRECISION or key in operational_keys()
 

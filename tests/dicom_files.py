@@ -41,6 +41,7 @@ def write_slice(
     series: str = "1.2.3.4",
     instance: str = "1.2.3.4.1",
     syntax: str = EXPLICIT,
+    meta_class: bool = True,
     changes: Mapping[Tag, tuple[str, str | bytes] | None] | None = None,
 ) -> None:
     """Write one unsigned 16-bit CT slice (rows, columns); `changes` replaces elements, None removes one."""
@@ -74,7 +75,7 @@ def write_slice(
     meta = b"".join(
         [
             element((2, 0x01), "OB", b"\0\1"),
-            element((2, 0x02), "UI", object_class[1]),
+            element((2, 0x02), "UI", object_class[1]) if meta_class else b"",
             element((2, 0x03), "UI", instance),
             element((2, 0x10), "UI", syntax),
             element((2, 0x12), "UI", "1.2.3.9"),

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.config import Config
-from app.data.cases import CaseStore
+from app.data.anatomy import body_centre, resample_cube
+from app.data.build import Renderer, clip_hu
+from app.data.ct import read_ct
 from app.data.phantom import phantom_hu
-from app.workspace import Workspace
 from tests.conftest import tiny_config
 
 FIELD_OF_VIEW_MM = 384.0
@@ -31,11 +32,11 @@ def write_scan(path: Path, index: int, edge: int = 48) -> NDArray[np.int16]:
     return hu
 
 
-def prepared_xrays(workspace: Workspace, config: Config) -> NDArray[np.float32]:
-    """The radiographs (2, N, N) at the finest edge of the only case of a store."""
-    store = CaseStore.open(config, workspace)
-    (case,) = store.cases
-    return store.load(case.id, config.stages[-1].resolution).xrays
+def own_xrays(path: Path, config: Config) -> NDArray[np.float32]:
+    """The radiographs (2, N, N) that the product renders of a volume file at the finest edge."""
+    ct = read_ct(path, max_gib=1)
+    hu, _ = resample_cube(ct, config.stages[-1].resolution, FIELD_OF_VIEW_MM, body_centre(ct))
+    return Renderer(config)(clip_hu(hu, config.data.hu_window))
 
 
 def write_png(path: Path, values: NDArray[np.float32]) -> None:

@@ -18,12 +18,14 @@ from app.data.anatomy import LUNG_EDGE, Point, body_centre, lung_fraction, resam
 from app.data.build import Renderer, clip_hu
 from app.data.ct import CTVolume, read_ct, read_series
 from app.data.dicom import DicomSeries
-from app.data.radiograph import Fit, fit_radiographs, read_radiograph
+from app.data.radiograph import CLEARLY_BETTER, Alignment, align, read_radiograph
 from app.data.sources import Source
 from app.errors import DataError
 from app.physics.geometry import VIEWS
 
 CHUNK_BYTES = 2**20
+WELL_ALIGNED = 0.05
+"""Relative L2 below which radiographs need no other place."""
 
 
 @dataclass
@@ -58,8 +60,10 @@ def build_case(source: Source, config: Config, render: Renderer) -> Built:
     ct = read_series(volume, max_gib=limit) if isinstance(volume, DicomSeries) else read_ct(volume, max_gib=limit)
     given = {view: read_radiograph(path) for view, path in source.radiographs.items()}
     built = _cut(ct, body_centre(ct), config, render)
+    if given:
+        built = _with_radiographs(built, given, ct, config, render)
     built.notes += source.notes
-    return _with_radiographs(built, given, ct, config, render) if given else built
+    return built
 
 
 def _cut(ct: CTVolume, centre_mm: Point, config: Config, render: Renderer) -> Built:
@@ -77,34 +81,46 @@ def _cut(ct: CTVolume, centre_mm: Point, config: Config, render: Renderer) -> Bu
 def _with_radiographs(
     built: Built, given: dict[str, NDArray[np.float32]], ct: CTVolume, config: Config, render: Renderer
 ) -> Built:
-    """Replace rendered views by given ones.
-
-    Radiographs rendered elsewhere look at the middle of the scan more often than at the patient's, so where they do not
-    fit the patient-centred cube the scan-centred one is tried.
-    """
-    try:
-        fits = _fits(given, built, config)
-    except DataError as error:
-        z, y, x = (count * spacing / 2 for count, spacing in zip(ct.hu.shape, ct.spacing_mm, strict=True))
-        try:
-            built = _cut(ct, (z, y, x), config, render)
-            fits = _fits(given, built, config)
-        except DataError:
-            # The cube around the patient is the one that is meant: its reason is the one to tell.
-            raise error from None
-        built.notes.append("centred on the scan, as its radiographs are")
-    for view, fit in fits.items():
-        built.xrays[VIEWS.index(view)] = fit.line_integrals
-        built.notes.append(f"{view} given as {fit.reading}, difference {fit.difference:.3f}")
-    built.notes += [f"{view} not given: rendered" for view in VIEWS if view not in fits]
-    built.drr_difference = max(fit.difference for fit in fits.values())
+    """Replace rendered views by given ones, after the cube was moved to where they look."""
+    alignments = align(given, built.xrays)
+    if _difference(alignments) > WELL_ALIGNED:
+        built, alignments = _try_scan_centre(built, alignments, given, ct, config, render)
+    for alignment in alignments.values():
+        _refuse(alignment.refusal())
+    _refuse(drr_refusal(_difference(alignments), config))
+    for view, alignment in alignments.items():
+        built.xrays[VIEWS.index(view)] = alignment.fit.line_integrals
+        built.notes.append(f"{view} given as {alignment.fit.reading}, difference {alignment.fit.difference:.3f}")
+    built.notes += [f"{view} not given: rendered" for view in VIEWS if view not in alignments]
+    built.drr_difference = _difference(alignments)
     return built
 
 
-def _fits(given: dict[str, NDArray[np.float32]], built: Built, config: Config) -> dict[str, Fit]:
-    fits = fit_radiographs(given, built.xrays)
-    _refuse(drr_refusal(max(fit.difference for fit in fits.values()), config))
-    return fits
+def _try_scan_centre(
+    built: Built,
+    alignments: dict[str, Alignment],
+    given: dict[str, NDArray[np.float32]],
+    ct: CTVolume,
+    config: Config,
+    render: Renderer,
+) -> tuple[Built, dict[str, Alignment]]:
+    """The cube around the middle of the scan, if its projections fit better than the patient-centred ones in any
+    orientation: radiographs rendered elsewhere look there."""
+    z, y, x = (count * spacing / 2 for count, spacing in zip(ct.hu.shape, ct.spacing_mm, strict=True))
+    try:
+        centred = _cut(ct, (z, y, x), config, render)
+    except DataError:
+        # There is no thorax in that cube; the patient-centred one stands, with its own reasons.
+        return built, alignments
+    moved = align(given, centred.xrays)
+    if _difference(moved) >= CLEARLY_BETTER * max(each.best_difference for each in alignments.values()):
+        return built, alignments
+    centred.notes += ["centred on the scan, as its radiographs are"]
+    return centred, moved
+
+
+def _difference(alignments: dict[str, Alignment]) -> float:
+    return max(alignment.fit.difference for alignment in alignments.values())
 
 
 def _refuse(reason: str | None) -> None:

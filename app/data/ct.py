@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ def _read_npy(path: Path, max_gib: float) -> CTVolume:
             version = np.lib.format.read_magic(stream)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, _, dtype = read(stream)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, SyntaxError, TokenError):
         raise DataError(f"{path}: not a NumPy array of format 1.0 or 2.0; save it with numpy.save") from None
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: expected integers or floats, found dtype {dtype}")

@@ -20,13 +20,11 @@ from app.data.dicom_header import (
     CT_IMAGE,
     ENHANCED_CT,
     IMAGE_OBJECTS,
-    OBJECT_CLASS,
     READABLE_SYNTAXES,
-    TRANSFER_SYNTAX,
     SliceHeader,
-    file_meta,
     read_header,
 )
+from app.data.dicom_layout import file_meta
 from app.data.itk import image_reader
 from app.data.limits import GIB, check_declared, inside
 from app.errors import DataError
@@ -147,18 +145,16 @@ def _open(path: Path, max_gib: float) -> SliceHeader | str | None:
         meta = file_meta(path)
     except OSError as error:
         return f"cannot be opened: {error.strerror}"
-    if meta is None or not meta.get(OBJECT_CLASS, "").startswith(IMAGE_OBJECTS):
+    # Some exporters leave the class out of the file meta group; then the data set decides.
+    if meta is None or not (meta.object_class or IMAGE_OBJECTS).startswith(IMAGE_OBJECTS):
         return None
     if path.stat().st_size > max_gib * GIB:
         return f"larger than data.max_file_gib, {max_gib:g} GiB"
+    if meta.transfer_syntax not in READABLE_SYNTAXES:
+        return NO_CODEC.format(_uid(meta.transfer_syntax))
     header = read_header(path, meta)
-    if header is not None:
-        return header
-    syntax = meta.get(TRANSFER_SYNTAX, "")
-    if syntax not in READABLE_SYNTAXES:
-        return NO_CODEC.format(_uid(syntax))
     # Structure sets, plans and the like share the prefix of the images and have no pixels.
-    return UNREADABLE if meta[OBJECT_CLASS] in (CT_IMAGE, *ENHANCED_CT) else None
+    return UNREADABLE if header is None and meta.object_class in (CT_IMAGE, *ENHANCED_CT) else header
 
 
 def _uid(text: str) -> str:
@@ -237,9 +233,6 @@ def _not_ct(slices: list[SliceHeader]) -> str | None:
         return "color images, not HU"
     if any(header.rescale_type not in HU_RESCALE_TYPES for header in slices):
         return "values are not HU by their RescaleType"
-    unreadable = [header.transfer_syntax for header in slices if header.transfer_syntax not in READABLE_SYNTAXES]
-    if unreadable:
-        return NO_CODEC.format(_uid(unreadable[0]))
     if not all(header.complete for header in slices):
         return UNREADABLE
     if not all(header.study_uid and header.series_uid for header in slices):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from app.data.dicom_layout import IMPLICIT, FileMeta, is_intact
 from app.data.itk import image_reader
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 IMAGE_OBJECTS = "1.2.840.10008.5.1.4.1.1."
-OBJECT_CLASS, TRANSFER_SYNTAX = 0x0002, 0x0010  # elements of group 0002
 READABLE_SYNTAXES = {
-    "1.2.840.10008.1.2",  # implicit VR little endian
+    IMPLICIT,  # implicit VR little endian
     "1.2.840.10008.1.2.1",  # explicit VR little endian
-    "1.2.840.10008.1.2.2",  # explicit VR big endian
     "1.2.840.10008.1.2.5",  # RLE
     "1.2.840.10008.1.2.4.50",  # JPEG baseline
     "1.2.840.10008.1.2.4.51",  # JPEG extended
@@ -28,7 +26,7 @@ READABLE_SYNTAXES = {
     "1.2.840.10008.1.2.4.90",  # JPEG 2000 lossless
     "1.2.840.10008.1.2.4.91",  # JPEG 2000
 }
-UNCOMPRESSED_SYNTAXES = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+UNCOMPRESSED_SYNTAXES = {IMPLICIT, "1.2.840.10008.1.2.1"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ class SliceHeader:
     series_uid: str = field(repr=False)
     instance_uid: str = field(repr=False)
     object_class: str
-    transfer_syntax: str
     modality: str
     image_type: tuple[str, ...]
     rescale_type: str
@@ -64,28 +61,10 @@ class SliceHeader:
         return np.asarray(cross / np.linalg.norm(cross))
 
 
-def file_meta(path: Path) -> dict[int, str] | None:
-    """Element -> value of the file meta group (0002,xxxx), which is never compressed; None if this is no DICOM file."""
-    with path.open("rb") as stream:
-        head = stream.read(4096)
-    if head[128:132] != b"DICM":
+def read_header(path: Path, meta: FileMeta) -> SliceHeader | None:
+    """The header of an image file, or None where it is damaged or GDCM cannot read it as an image."""
+    if not is_intact(path, meta):
         return None
-    meta: dict[int, str] = {}
-    at = 132
-    while at + 12 <= len(head):
-        group, element, vr, short = struct.unpack_from("<HH2sH", head, at)
-        if group != 2:
-            break
-        is_long = vr in (b"OB", b"UN", b"OW", b"SQ", b"UT", b"UC", b"UR")
-        length = struct.unpack_from("<I", head, at + 8)[0] if is_long else short
-        start = at + (12 if is_long else 8)
-        meta[element] = head[start : start + length].decode("latin-1").strip(" \0")
-        at = start + length
-    return meta
-
-
-def read_header(path: Path, meta: dict[int, str]) -> SliceHeader | None:
-    """The header of an image file, or None where GDCM cannot read it (no image, truncated, unknown compression)."""
     reader = image_reader("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
@@ -109,16 +88,14 @@ def read_header(path: Path, meta: dict[int, str]) -> SliceHeader | None:
     rows, columns = size[1], size[0]
     samples = int((numbers("0028|0002", 1) or (1.0,))[0])
     bits = int((numbers("0028|0100", 1) or (16.0,))[0])
-    syntax = meta.get(TRANSFER_SYNTAX, "")
-    expected = rows * columns * samples * bits // 8 if syntax in UNCOMPRESSED_SYNTAXES else 1
+    expected = rows * columns * samples * bits // 8 if meta.transfer_syntax in UNCOMPRESSED_SYNTAXES else 1
     return SliceHeader(
         path=path,
         patient_id=text("0010|0020") or None,
         study_uid=text("0020|000d"),
         series_uid=text("0020|000e"),
         instance_uid=text("0008|0018"),
-        object_class=text("0008|0016") or meta.get(OBJECT_CLASS, ""),
-        transfer_syntax=syntax,
+        object_class=text("0008|0016") or meta.object_class,
         modality=text("0008|0060"),
         image_type=tuple(part.strip().upper() for part in text("0008|0008").split("\\")),
         rescale_type=text("0028|1054"),

@@ -203,7 +203,8 @@ class CtPreparation:
         return Entry(label, name, reason=self._without_names(reason, label, path_texts(self._root, [path])))
 
     def _without_names(self, text: str, pseudonym: str, names: Iterable[str]) -> str:
-        return without_names(text, names, pseudonym).removeprefix(f"{pseudonym}: ")
+        text = without_names(text, names, pseudonym).removeprefix(f"{pseudonym}: ")
+        return without_names(text, [str(self._root), str(self._root.resolve())], "the data folder")
 
     def _kept(self, listed: set[str]) -> list[Entry]:
         """Cases whose files are gone; they are trained on all the same."""

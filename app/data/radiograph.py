@@ -5,7 +5,7 @@ an image nor its polarity is known, so each of four readings t of its values v i
 integrals p of our own projection of the scan; the reading with the smallest residual is taken:
 
     line integrals            t = v             inverted line integrals   t = -v            (a > 0)
-    intensity I0 exp(-p)      t = -log v        inverted intensity        t = -log(max - v)
+    intensity I0 exp(-p)      t = -log v        inverted intensity        t = -log(white - v)
 
 Shapes: N pixels along the detector's edge.
 """
@@ -13,7 +13,7 @@ Shapes: N pixels along the detector's edge.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,16 @@ from app.physics.geometry import VIEWS
 Array = NDArray[np.float32]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
-MAX_PIXELS = 64 * 2**20
+MAX_PIXELS = 2**25
 MIN_EDGE = 16
 GRAY_MODES = ("L", "I;16", "I;16B", "I;16L", "I")
 COLOR_MODES = ("RGB", "RGBA", "LA", "P", "PA")
+FULL_SCALES = (1.0, 255.0, 4095.0, 65535.0)
+"""White of images that are inverted."""
 SMALLEST_INTENSITY = 1e-4
-"""Share of the brightest value below which -log is not trusted: p stays under 9.2."""
+"""Share of the brightest value below which -log of a float is not trusted: p stays under 9.2."""
 CLEARLY_BETTER = 0.8
-"""Another orientation is the right one where its residual is below this share of the given one's."""
+"""Another orientation or place is the right one where its difference is below this share of the given one's."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,37 @@ class Fit:
     """How its values were understood."""
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """How a radiograph fits as it is, and how it would fit turned or as the other view."""
+
+    view: str
+    fit: Fit
+    turn: str
+    """The best of the other orientations."""
+    turned_difference: float
+
+    @property
+    def best_difference(self) -> float:
+        """The smallest difference in any orientation."""
+        return min(self.fit.difference, self.turned_difference)
+
+    def refusal(self) -> str | None:
+        """Why the image cannot be used as it is, or None.
+
+        A chest is nearly symmetric: a limit on the difference alone would let a mirrored image pass.
+        """
+        if self.turned_difference >= CLEARLY_BETTER * self.fit.difference:
+            return None
+        return (
+            f"misaligned radiographs: the {self.view} image fits the scan better {self.turn} (relative L2 "
+            f"{self.turned_difference:.3f}) than as it is ({self.fit.difference:.3f}); image row 0 is superior, "
+            "column 0 is the patient's right (frontal) or front (lateral)"
+        )
+
+
 def read_radiograph(path: Path) -> Array:
-    """The values of a gray image (rows, columns), row 0 inferior; square, between 16 and 8192 pixels wide.
+    """The values of a gray image (rows, columns), row 0 inferior; square, at least 16 pixels wide.
 
     Raises:
         DataError: the file cannot be used; the message says why.
@@ -66,29 +97,31 @@ def read_radiograph(path: Path) -> Array:
     return np.ascontiguousarray(values[::-1], dtype=np.float32)
 
 
-def fit_radiographs(given: Mapping[str, Array], rendered: Array) -> dict[str, Fit]:
-    """Fit each given view to our projection (2, N, N).
-
-    Raises:
-        DataError: an image fits clearly better mirrored, upside down, or as the other view.
-    """
-    fits = {}
-    for view, values in given.items():
-        pixels = resize(values, rendered.shape[-1])
-        own = rendered[VIEWS.index(view)]
-        fits[view] = fit(pixels, own)
-        _check_orientation(view, pixels, rendered, fits[view])
-    return fits
+def align(given: Mapping[str, Array], rendered: Array) -> dict[str, Alignment]:
+    """Fit each given view (n, n) to our projection (2, N, N), as it is and turned."""
+    return {view: _align(view, read_values(values, rendered.shape[-1]), rendered) for view, values in given.items()}
 
 
-def fit(values: Array, rendered: Array) -> Fit:
-    """The reading, gain and offset of an image (N, N) that bring it closest to line integrals (N, N)."""
-    fits = [
-        _least_squares(transform(values), rendered, reading)
-        for reading, transform in READINGS.items()
-        # An intensity is never negative.
-        if reading != "intensity" or values.min() >= 0
-    ]
+def read_values(values: Array, edge: int) -> dict[str, Array]:
+    """Each reading t of an image (n, n) on a grid of (edge, edge) pixels of the same detector."""
+    top = float(values.max())
+    white = next((scale for scale in FULL_SCALES if top <= scale), top)
+    is_integer = top > 1 and bool(np.array_equal(values, np.rint(values)))
+    # Half a gray level is the best guess for what was rounded to zero.
+    dark = 0.5 if is_integer else SMALLEST_INTENSITY * max(top, 1e-30)
+    readings = {
+        "line integrals": values,
+        "inverted line integrals": -values,
+        "inverted intensity": -np.log(np.maximum(white - values, dark)),
+    }
+    if values.min() >= 0:
+        readings["intensity"] = -np.log(np.maximum(values, dark))
+    return {name: resize(reading, edge) for name, reading in readings.items()}
+
+
+def fit(readings: Mapping[str, Array], rendered: Array) -> Fit:
+    """The reading (N, N), gain and offset that come closest to line integrals (N, N)."""
+    fits = [_least_squares(t, rendered, name) for name, t in readings.items()]
     return min(fits, key=lambda found: found.difference)
 
 
@@ -109,37 +142,18 @@ def _least_squares(t: Array, p: Array, reading: str) -> Fit:
     return Fit(np.maximum(fitted, 0).astype(np.float32), difference, reading)
 
 
-def _negative_log(values: Array) -> Array:
-    return np.asarray(-np.log(np.maximum(values, SMALLEST_INTENSITY * values.max())))
-
-
-READINGS: dict[str, Callable[[Array], Array]] = {
-    "line integrals": lambda v: v,
-    "inverted line integrals": lambda v: -v,
-    "intensity": _negative_log,
-    "inverted intensity": lambda v: _negative_log(v.max() - v),
-}
-
-
-def _check_orientation(view: str, pixels: Array, rendered: Array, as_given: Fit) -> None:
-    """Refuse an image that is clearly another orientation or view: a chest is nearly symmetric, so a residual alone
-    would let a mirrored image pass."""
+def _align(view: str, readings: Mapping[str, Array], rendered: Array) -> Alignment:
     other = VIEWS[1 - VIEWS.index(view)]
     own, swapped = rendered[VIEWS.index(view)], rendered[VIEWS.index(other)]
     sideways = "left to right" if view == "frontal" else "front to back"
-    hypotheses = {
-        f"mirrored {sideways}": fit(pixels[:, ::-1], own),
-        "upside down": fit(pixels[::-1], own),
-        "rotated by 180 degrees": fit(pixels[::-1, ::-1], own),
-        f"as the {other} view": fit(pixels, swapped),
+    turned = {
+        f"mirrored {sideways}": fit({name: t[:, ::-1] for name, t in readings.items()}, own),
+        "upside down": fit({name: t[::-1] for name, t in readings.items()}, own),
+        "rotated by 180 degrees": fit({name: t[::-1, ::-1] for name, t in readings.items()}, own),
+        f"as the {other} view": fit(readings, swapped),
     }
-    best = min(hypotheses, key=lambda name: hypotheses[name].difference)
-    if hypotheses[best].difference < CLEARLY_BETTER * as_given.difference:
-        raise DataError(
-            f"misaligned radiographs: the {view} image fits the scan better {best} (relative L2 "
-            f"{hypotheses[best].difference:.3f}) than as it is ({as_given.difference:.3f}); image row 0 is superior, "
-            "column 0 is the patient's right (frontal) or front (lateral)"
-        )
+    best = min(turned, key=lambda name: turned[name].difference)
+    return Alignment(view, fit(readings, own), best, turned[best].difference)
 
 
 def _read_npy(path: Path) -> Array:

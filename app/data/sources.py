@@ -16,7 +16,6 @@ from pathlib import Path
 
 from app.data.ct import VOLUME_SUFFIXES, volume_suffix
 from app.data.dicom import DicomSeries
-from app.data.dicom_header import file_meta
 from app.data.limits import inside
 from app.data.radiograph import IMAGE_SUFFIXES
 from app.errors import DataError
@@ -197,7 +196,9 @@ def _stem(path: Path) -> str:
 
 
 def _is_dicom(path: Path) -> bool:
-    return file_meta(path) is not None
+    """Whether the mark of a DICOM file stands behind its preamble of 128 bytes."""
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _is_companion(path: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from app.config import BackboneConfig
-from app.model.blocks import ResBlock, ViTBlock, depth_to_space, sincos_positions, space_to_depth
+from app.model.blocks import ResBlock, ViTBlock, depth_to_space, sincos_positions, space_to_depth, zero
 
 
 class _Level(nn.Module):
@@ -30,7 +30,9 @@ class HybridBackbone(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: BackboneConfig, edge: int, in_channels: int, token_features: int, embedding: int) -> None:
+    def __init__(
+        self, config: BackboneConfig, edge: int, in_channels: int, token_features: int, embedding: int
+    ) -> None:
         """`token_features`: channels that are added to the token grid from outside (the lifted X-ray features)."""
         super().__init__()
         self.patch = config.patch
@@ -46,14 +48,11 @@ class HybridBackbone(nn.Module):
         self.vit = nn.ModuleList(
             ViTBlock(config.vit_width, config.vit_heads, embedding) for _ in range(config.vit_depth)
         )
-        self.up = nn.ModuleList(
-            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, coarser, strict=True)
-        )
+        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, coarser, strict=True))
         self.levels_up = nn.ModuleList(_Level(width, config.blocks, embedding) for width in widths)
         self.norm = nn.GroupNorm(8, widths[0])
         self.head = nn.Conv3d(widths[0], config.patch**3, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        zero(self.head)
 
     def forward(self, x: Tensor, lifted: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, C, N, N, N); lifted: (B, token_features, G', G', G') on the token grid; embedding: (B, E).

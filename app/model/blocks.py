@@ -32,6 +32,12 @@ def depth_to_space(x: Tensor, patch: int) -> Tensor:
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // patch**3, d * patch, h * patch, w * patch)
 
 
+def zero(layer: nn.Module) -> None:
+    """Set the weights and the bias of a layer to zero: a branch that ends in it starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 def coordinates(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Voxel centres of a grid in [-1, 1] per axis: (len(shape), *shape)."""
     axes = [(torch.arange(n, device=device, dtype=torch.float32) + 0.5) * (2.0 / n) - 1.0 for n in shape]
@@ -85,10 +91,8 @@ class ResBlock(nn.Module):
         self.film = nn.Linear(conditioning, 2 * channels)
         self.norm2 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.film.weight)
-        nn.init.zeros_(self.film.bias)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        zero(self.film)
+        zero(self.conv2)
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         """x: (B, C, D, H, W); conditioning: (B, E) -> (B, C, D, H, W)."""
@@ -106,8 +110,7 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.modulation = nn.Linear(conditioning, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        zero(self.modulation)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads)

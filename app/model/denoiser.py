@@ -116,7 +116,7 @@ class StageModel(nn.Module):
         inputs = torch.cat(
             [x_t, condition.volume, condition.rays, self.coordinates.expand(x_t.shape[0], -1, -1, -1, -1)], dim=1
         )
-        residual = self.backbone(inputs, condition.lifted, self.embed(scalars)).float()
+        residual: Tensor = self.backbone(inputs, condition.lifted, self.embed(scalars)).float()
         sigma_r = (self.residual_scale**2 + condition.noise_level**2).sqrt()
         return condition.volume + sigma_r[:, None, None, None, None] * residual
 

@@ -6,6 +6,7 @@ Shapes: B batch, N detector edge in pixels, M edge of the feature map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,7 @@ class XrayEncoder(nn.Module):
         stem = detector_edge // token_edge // 2 ** (len(widths) - 1)
         self.stem = nn.Conv2d(4, widths[0], max(3, 2 * stem - 1), stride=stem, padding=max(1, (stem - 1)))
         self.blocks = nn.ModuleList(_ResBlock2d(width) for width in widths)
-        self.down = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(widths))
 
     def forward(self, radiograph: Tensor, view: int) -> Tensor:
         """radiograph: (B, 1, N, N) affine-scaled line integrals; view: its index -> (B, widths[-1], M, M)."""

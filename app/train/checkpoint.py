@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import time
 import zipfile
 import zlib
@@ -54,6 +55,10 @@ class Counters:
     """Completed epochs, validation included."""
     step: int
     """Completed optimizer steps of the stage."""
+
+
+UNREADABLE = Counters(sys.maxsize, 0)
+"""Of a file that no line knows and that cannot be read: it sorts first, is looked at, and is set aside."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,24 @@ class CheckpointFolder:
         sha256 = self._commit(first, stage, kinds[0], counters, lambda file: torch.save(payload, file))
         for kind in kinds[1:]:
             self._commit(
-                self.run_dir.checkpoint(stage, kind), stage, kind, counters, lambda file: _copy_into(first, file), sha256
+                self.run_dir.checkpoint(stage, kind),
+                stage,
+                kind,
+                counters,
+                lambda file: _copy_into(first, file),
+                sha256,
             )
 
     def take_over(self, source: FoundCheckpoint) -> None:
         """Copy a verified checkpoint of another run into this one."""
         target = self.run_dir.checkpoint(source.stage, source.kind)
         self._commit(
-            target, source.stage, source.kind, source.counters, lambda file: _copy_into(source.path, file), source.sha256
+            target,
+            source.stage,
+            source.kind,
+            source.counters,
+            lambda file: _copy_into(source.path, file),
+            source.sha256,
         )
 
     def _commit(
@@ -141,7 +156,9 @@ class CheckpointFolder:
             self._append({**line, "sha256": sha256, "state": "pending"})
             if kind == "last" and path.exists():
                 path.replace(self.run_dir.checkpoint(stage, "last_previous"))
-        self._append({**line, "sha256": sha256, "bytes": path.stat().st_size, "state": "committed", "time": time.time()})
+        self._append(
+            {**line, "sha256": sha256, "bytes": path.stat().st_size, "state": "committed", "time": time.time()}
+        )
         return sha256
 
     def retain(self, stage: str, keep: int | None) -> None:
@@ -273,7 +290,7 @@ def _check_format(entry: FoundCheckpoint, payload: dict[str, Any]) -> None:
     found = payload[RESUME_KEY].get("format")
     if found != FORMAT:
         raise CheckpointError(
-            f"{entry.path}: written in format {found}, this program reads format {FORMAT}; use the version that wrote it"
+            f"{entry.path}: written in format {found}, expected {FORMAT}; use the version of the program that wrote it"
         )
 
 
@@ -283,12 +300,12 @@ def _copy_into(source: Path, target: Any) -> None:
 
 
 def _read_counters(path: Path) -> Counters:
-    """Counters of a file that the manifest does not know; (-1, -1) where it cannot be read."""
+    """Counters of a file that the manifest does not know."""
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return Counters(payload["epoch"] + 1, payload[RESUME_KEY]["step"])
     except UNREADABLE_PAYLOAD:
-        return Counters(-1, -1)
+        return UNREADABLE
 
 
 def kinds_at_epoch_end(epochs: int, total: int, every: int, is_best: bool) -> list[str]:

@@ -7,18 +7,20 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from app.model.denoiser import StageModel
 
 
 class EMA:
     """A second model whose weights follow the trained ones; its buffers are theirs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: StageModel) -> None:
         """Start from the weights of `model`."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, decay: float) -> None:
+    def update(self, model: StageModel, decay: float) -> None:
         """ema <- decay ema + (1 - decay) weights."""
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
 

@@ -44,7 +44,9 @@ def export(run_dir: RunDir, target: Path) -> list[str]:
             "epoch": payload["epoch"],
         }
     if config is None:
-        raise CheckpointError(f"{run_dir.path}: no stage is finished (no _final.pt with its _best.pt); nothing to export")
+        raise CheckpointError(
+            f"{run_dir.path}: no stage is finished (no _final.pt with its _best.pt); nothing to export"
+        )
     with atomic_file(target) as file:
         torch.save({"format": FORMAT, "config": _anonymous(config), "stages": stages}, file)
     return list(stages)
@@ -53,7 +55,5 @@ def export(run_dir: RunDir, target: Path) -> list[str]:
 def _anonymous(config: Config) -> dict[str, Any]:
     """The config without run name, paths and accounts."""
     data = config.data.model_copy(update={"path": None})
-    plain = config.model_copy(
-        update={"run_name": None, "init_from": None, "data": data, "wandb": type(config.wandb)()}
-    )
+    plain = config.model_copy(update={"run_name": None, "init_from": None, "data": data, "wandb": type(config.wandb)()})
     return config_as_dict(plain)

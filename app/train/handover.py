@@ -85,7 +85,9 @@ class Parents:
             {"ema": self._best_hash(stage), "steps": stage.sampler_steps, "sweeps": stage.sart_sweeps}
             for stage in self.config.stages[: index + 1]
         ]
-        name = hashlib.sha256(json.dumps([made_by, self.config.seed, self.store.preparation_key]).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([made_by, self.config.seed, self.store.preparation_key]).encode()).hexdigest()[
+            :16
+        ]
         return LowresFolder(self.cache / "lowres" / f"{parent.name}-{name}")
 
 
@@ -136,7 +138,7 @@ def measure_training_cases(state: StageState, train: StageCases) -> None:
 
 
 def _channels_last(model: StageModel) -> None:
-    """Convolutions on the CPU are several times faster with channels last (measured in scripts/bench)."""
+    """On a CPU 3D convolutions run two to three times faster with channels last (48 channels, 16^3)."""
     for module in model.modules():
         if isinstance(module, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)):
-            module.to(memory_format=torch.channels_last_3d)
+            module.weight = torch.nn.Parameter(module.weight.contiguous(memory_format=torch.channels_last_3d))

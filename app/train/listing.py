@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.train.checkpoint import CheckpointFolder, FoundCheckpoint
+from app.train.checkpoint import UNREADABLE, CheckpointFolder, FoundCheckpoint
 from app.workspace import RunDir
 
 HEADER = ("file", "epochs", "step", "MiB", "sha256", "verdict")
@@ -20,8 +20,8 @@ def checkpoint_table(run_dir: RunDir) -> tuple[str, bool]:
         rows.append(
             (
                 entry.path.name,
-                str(entry.counters.epochs),
-                str(entry.counters.step),
+                "-" if entry.counters == UNREADABLE else str(entry.counters.epochs),
+                "-" if entry.counters == UNREADABLE else str(entry.counters.step),
                 f"{entry.path.stat().st_size / 2**20:.2f}",
                 "-" if entry.sha256 is None else entry.sha256[:12],
                 "whole" if damage is None else f"DAMAGED: {damage}",

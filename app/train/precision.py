@@ -50,7 +50,7 @@ class Precision:
         self.name = name
         self.device = device
         fp16 = name == "fp16"
-        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(
             device.type, init_scale=65536.0 if fp16 else 1.0, growth_interval=2000 if fp16 else NEVER
         )
 
@@ -60,7 +60,8 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, scaled in fp16."""
-        (self.scaler.scale(loss) if self.name == "fp16" else loss).backward()
+        scaled = self.scaler.scale(loss) if self.name == "fp16" else loss
+        scaled.backward()  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring the gradients back to the loss's own scale."""
@@ -80,7 +81,7 @@ class Precision:
             raise NumericsError("fp16 gradients overflow at scale 1: use compute.precision bf16 or fp32 in a new run")
         log.info("fp16 gradients overflowed: the scale is now %g and the step is computed again", scale)
         state = self.scaler.state_dict()
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale)  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale)
         self.scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": 0})
         return True
 

@@ -56,7 +56,8 @@ def reconstruct(
     def denoise(x_t: Tensor, level: Tensor) -> Tensor:
         if stop():
             raise Stopped("stopped while sampling")
-        return model(x_t, level, condition).clamp(-1.0, 1.0)
+        x_0: Tensor = model(x_t, level, condition)
+        return x_0.clamp(-1.0, 1.0)
 
     def correct(x_0: Tensor) -> Tensor:
         return model.data_consistent(x_0, xrays, shown, model.stage.sart_sweeps)

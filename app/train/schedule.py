@@ -10,10 +10,11 @@ from app.config import OptimizerConfig, PhysicsConfig, StageConfig
 def learning_rate(step: int, stage: StageConfig, config: OptimizerConfig) -> float:
     """Learning rate of optimizer step `step` (from 1): linear warm-up, then cosine decay or constant.
 
-    The warm-up takes `warmup_steps`, but never more than a tenth of the stage.
+    Before the decay the warm-up takes `warmup_steps`, but never more than a tenth of the stage. `constant` does not
+    know the stage's length, so that a run can be prolonged.
     """
     total = stage.epochs * stage.steps_per_epoch
-    warmup = min(config.warmup_steps, total // 10)
+    warmup = config.warmup_steps if config.schedule == "constant" else min(config.warmup_steps, total // 10)
     if step <= warmup:
         return stage.learning_rate * step / warmup
     if config.schedule == "constant":

@@ -304,8 +304,7 @@ def _save(state: StageState, run: StageRun, kinds: list[str]) -> None:
 
 def _not_finite(state: StageState, step: int, values: StepValues) -> str:
     return (
-        f"{state.stage.name} step {step}: not finite: diffusion loss {values.diffusion}, physics loss {values.physics}, "
+        f"{state.stage.name} step {step} is not finite: diffusion loss {values.diffusion}, physics {values.physics}, "
         f"gradient norm {values.gradient_norm}. No weight has moved; the checkpoints hold the state before this step. "
         "Lower the stage's learning_rate or use compute.precision fp32 in a new run"
     )
-

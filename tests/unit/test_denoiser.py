@@ -1,7 +1,5 @@
 """What the model of a stage must do before it has learned anything, and what its output must depend on."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,12 +13,14 @@ from tests.conftest import tiny_config
 
 
 def small_model(stage: int) -> StageModel:
+    """A stage of the tiny cascade with fixed weights."""
     torch.manual_seed(0)
     config = tiny_config()
     return StageModel(config, config.stages[stage])
 
 
 def inputs(model: StageModel, batch: int = 2) -> dict[str, torch.Tensor]:
+    """Noise, radiographs and, behind the first stage, a low-resolution volume."""
     source = torch.Generator().manual_seed(1)
     edge = model.stage.resolution
     values = {
@@ -33,19 +33,20 @@ def inputs(model: StageModel, batch: int = 2) -> dict[str, torch.Tensor]:
 
 
 def predict(model: StageModel, values: dict[str, torch.Tensor], views: torch.Tensor | None = None) -> torch.Tensor:
+    """x_0 at log SNR 0."""
     views = torch.ones(len(values["x_t"]), 2) if views is None else views
     condition = model.condition(values["xrays"], views, values.get("lowres"))
     return model(values["x_t"], torch.zeros(len(values["x_t"])), condition)
 
 
 @pytest.fixture
-def awake() -> Iterator[StageModel]:
+def awake() -> StageModel:
     """A second stage whose zero layers were filled, as if it had been trained."""
     model = small_model(1)
     for parameter in model.parameters():
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.1)
-    yield model
+    return model
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -165,9 +166,7 @@ def test_physics_loss_is_the_relative_squared_projection_error() -> None:
     truth = torch.full((2, 1, 8, 8, 8), 2 * (0.0 - low) / (high - low) - 1)  # 0 HU: water
     tenth = 2 * (100.0 - low) / (high - low) - 1  # 100 HU attenuates a tenth more than water
     xrays = model.projector(x_to_mu(truth, model.hu_window))
-    values = physics_loss(
-        model, torch.full_like(truth, tenth), xrays, torch.ones(2, 2), torch.tensor([1.0, -1.0])
-    )
+    values = physics_loss(model, torch.full_like(truth, tenth), xrays, torch.ones(2, 2), torch.tensor([1.0, -1.0]))
     assert values.tolist() == pytest.approx([0.01, 0.0], rel=1e-4)
 
 

@@ -10,8 +10,20 @@ import SimpleITK as sitk
 
 from app.data.ct import read_ct, read_series
 from app.data.dicom import DicomFindings, discover
+from app.data.dicom_header import read_header
+from app.data.dicom_layout import file_meta, is_intact
 from app.errors import DataError
-from tests.dicom_files import IMPLICIT, PATIENT_ID, PATIENT_NAME, joined, stored_values, write_series, write_slice
+from tests.dicom_files import (
+    EXPLICIT,
+    IMPLICIT,
+    PATIENT_ID,
+    PATIENT_NAME,
+    element,
+    joined,
+    stored_values,
+    write_series,
+    write_slice,
+)
 
 SHAPE = (20, 18, 24)
 
@@ -108,7 +120,8 @@ def test_file_names_and_folders_do_not_matter(tmp_path):
         path.rename(target)
     write_slice(tmp_path / "copy", stored[4], position=(-10, -20, 8), instance="1.2.3.4.5")
     (tmp_path / "README.txt").write_text("no image")
-    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + bytes(50))
+    directory = element((2, 2), "UI", "1.2.840.10008.1.3.10") + element((2, 0x10), "UI", EXPLICIT)
+    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + directory)
     found = found_in(tmp_path)
     assert (found.ignored, found.refused, len(found.series)) == (2, (), 1)
     np.testing.assert_array_equal(read_series(found.series[0], max_gib=1).hu, stored - 1024)
@@ -270,13 +283,79 @@ def test_slices_of_different_size_are_refused(tmp_path):
     assert reasons(tmp_path) == ["20 files: slices of different size in one series"]
 
 
-@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.1.99"])
+@pytest.mark.parametrize(
+    "syntax", ["1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"]
+)
 def test_unreadable_compression_is_refused_by_name(tmp_path, syntax):
-    """JPEG XL, HTJ2K and deflate are named by their transfer syntax, whether or not GDCM parses the header."""
+    """JPEG XL, HTJ2K, deflate and big endian are named by their transfer syntax."""
+    syntax = f"1.2.840.10008.1.2.{number}"
     write_series(tmp_path, stored_values(0, SHAPE), syntax=syntax)
     assert reasons(tmp_path) == [
         f"20 files: compressed in a way that cannot be read (transfer syntax {syntax}); convert with `gdcmconv --raw`"
     ]
+
+
+def test_every_damaged_length_is_refused_without_allocating_it(tmp_path):
+    """An element that claims four gigabytes is caught by the length of the file, wherever it stands."""
+    (path,) = write_series(tmp_path, stored_values(0, (1, 16, 16)))
+    raw = path.read_bytes()
+    meta = file_meta(path)
+    assert meta is not None
+    assert is_intact(path, meta)
+    short = [raw.index(tag) + 6 for tag in (b"\x08\0\x60\0CS", b"\x20\0\x0d\0UI", b"\x28\0\x10\0US")]
+    for at in (*short, raw.index(b"\xe0\x7f\x10\0OW") + 10):
+        path.write_bytes(raw[:at] + b"\xfe\xff" + raw[at + 2 :])
+        assert not is_intact(path, meta)
+        assert reasons(tmp_path) == ["cannot be decoded: truncated or damaged; copy it again"]
+    at = raw.index(b"\2\0\1\0OB") + 8
+    path.write_bytes(raw[:at] + b"\xff" * 4 + raw[at + 4 :])
+    assert file_meta(path) is None
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
+def test_sequences_and_padding_are_walked_through(tmp_path, syntax):
+    """Items of defined and undefined length, one in the other, and zeros at the end of the file."""
+    inner = element((8, 0x104), "LO", "x" * 20, implicit=syntax == IMPLICIT)
+    counted = struct.pack("<HHI", 0xFFFE, 0xE000, len(inner)) + inner
+    end_item, end = (struct.pack("<HHI", 0xFFFE, tag, 0) for tag in (0xE00D, 0xE0DD))
+    head = struct.pack("<HH", 8, 0x2112) + (b"" if syntax == IMPLICIT else b"SQ\0\0") + b"\xff" * 4
+    nested = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + head + counted + end + end_item
+    stored = stored_values(0, SHAPE)
+    for path in write_series(tmp_path, stored, syntax=syntax, changes={(0x08, 0x2111): ("SQ", counted)}):
+        raw = path.read_bytes()
+        at = raw.index(b"\x08\0\x11\x21")
+        path.write_bytes(raw[:at] + head + nested + counted + end + raw[at:] + bytes(64))
+    np.testing.assert_array_equal(read_ct(tmp_path, max_gib=1).hu, stored - 1024)
+    raw = path.read_bytes()
+    for find, put in ((end + end_item, end_item + end), (counted[:8], struct.pack("<HHI", 0xFFFE, 0xE000, 10**6))):
+        path.write_bytes(raw.replace(find, put))
+        assert read_header(path, file_meta(path)) is None
+
+
+def test_sequences_nested_without_end_are_refused(tmp_path):
+    """The depth is limited, so that a made-up file cannot exhaust the stack."""
+    (path,) = write_series(tmp_path, stored_values(0, (1, 16, 16)), syntax=IMPLICIT)
+    raw = path.read_bytes()
+    level = struct.pack("<HHI", 8, 0x2112, 0xFFFFFFFF) + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    path.write_bytes(raw[: file_meta(path).end] + level * 5000)
+    assert not is_intact(path, file_meta(path))
+
+
+def test_a_class_left_out_of_the_file_meta_group_is_taken_from_the_data_set(tmp_path):
+    """Some exporters write no MediaStorageSOPClassUID."""
+    stored = stored_values(0, SHAPE)
+    write_series(tmp_path, stored, meta_class=False)
+    np.testing.assert_array_equal(read_ct(tmp_path, max_gib=1).hu, stored - 1024)
+
+
+def test_objects_without_an_image_are_counted_and_not_reported(tmp_path):
+    """Structured reports and structure sets lie beside the slices in most exports."""
+    write_series(tmp_path / "ct", stored_values(0, SHAPE))
+    for k, number in enumerate(("88.11", "481.3")):
+        changes = {(0x08, 0x16): ("UI", f"1.2.840.10008.5.1.4.1.1.{number}"), (0x7FE0, 0x10): None}
+        write_slice(tmp_path / f"{k}", stored_values(0, (16, 16)), position=(0, 0, 0), series="1.9", changes=changes)
+    found = found_in(tmp_path)
+    assert (found.ignored, found.refused, len(found.series)) == (2, (), 1)
 
 
 def test_a_truncated_slice_is_named_beside_its_series(tmp_path):

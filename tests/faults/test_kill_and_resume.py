@@ -1,0 +1,120 @@
+"""SIGKILL and SIGTERM of real training processes: the same weights and the same curves as without them."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs import RUN, assert_same_state, manifest, series, start, train, wait_until, without_wall_clock
+
+SAVE_SOMETIMES = ("--set", "checkpoint.save_every_s=0.15")
+"""Several steps between two saves, so that a kill loses some."""
+STAGES = ("stage_8", "stage_16", "stage_32")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nobody killed."""
+    workspace = tmp_path_factory.mktemp("uninterrupted")
+    code, output = train(workspace, *SAVE_SOMETIMES)
+    assert code == 0, output
+    return workspace / RUN
+
+
+def assert_same_run(interrupted: Path, uninterrupted: Path) -> None:
+    """Final, best and periodic checkpoints are bit-identical, and every curve has each step once with its value."""
+    for stage in STAGES:
+        for path in sorted(uninterrupted.glob(f"{stage}_*.pt")):
+            if "last" not in path.name:
+                assert_same_state(interrupted / path.name, path)
+    expected, found = series(uninterrupted), series(interrupted)
+    assert found.keys() == expected.keys()
+    for tag, points in found.items():
+        steps = [step for step, _ in points]
+        assert steps == [step for step, _ in expected[tag]], tag
+        assert len(set(steps)) == len(steps), tag
+    assert without_wall_clock(found) == without_wall_clock(expected)
+
+
+def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:
+    """Whether a save of this step or a later one was committed."""
+    return lambda: any(line["stage"] == stage and line["step"] >= step for line in manifest(run))
+
+
+def has_kind(run: Path, stage: str, kind: str) -> Callable[[], bool]:
+    """Whether a file of this kind was committed."""
+    return lambda: any(line["stage"] == stage and line["kind"] == kind for line in manifest(run))
+
+
+def test_three_sigkills_leave_no_trace(tmp_path: Path, uninterrupted: Path) -> None:
+    """Killed in the middle of an epoch, between two stages, and in the last stage; restarted by the same command."""
+    run = tmp_path / RUN
+    moments = [has_step(run, "stage_8", 2), has_kind(run, "stage_8", "final"), has_step(run, "stage_32", 1)]
+    source = random.Random(0)
+    for reached in moments:
+        process = start(tmp_path, *SAVE_SOMETIMES)
+        wait_until(reached, process)
+        time.sleep(source.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+    code, output = train(tmp_path, *SAVE_SOMETIMES)
+    assert code == 0, output
+    assert "resuming stage_32 at epoch" in output
+    assert_same_run(run, uninterrupted)
+
+
+def test_sigkills_at_random_moments(tmp_path: Path, uninterrupted: Path) -> None:
+    """Five kills at random times after the start, wherever they hit: preparation, save, validation, hand-over."""
+    source = random.Random(1)
+    for _ in range(5):
+        process = start(tmp_path, *SAVE_SOMETIMES)
+        time.sleep(source.uniform(3.0, 8.0))
+        process.kill()
+        process.communicate()
+    code, output = train(tmp_path, *SAVE_SOMETIMES)
+    assert code == 0, output
+    assert_same_run(tmp_path / RUN, uninterrupted)
+
+
+def test_sigterm_saves_the_last_step_and_exits_143(tmp_path: Path, uninterrupted: Path) -> None:
+    """Twice TERM, in two stages: exit code 143 each time, nothing is lost, and the end is the same."""
+    run = tmp_path / RUN
+    for reached in (has_step(run, "stage_8", 3), has_step(run, "stage_16", 2)):
+        process = start(tmp_path, *SAVE_SOMETIMES)
+        wait_until(reached, process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 143, output
+        assert "the state is saved" in output
+        newest = max(manifest(run), key=lambda line: line["time"])
+        assert f"step {newest['step']}; the state is saved" in output
+    code, output = train(tmp_path, *SAVE_SOMETIMES)
+    assert code == 0, output
+    assert_same_run(run, uninterrupted)
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path, uninterrupted: Path) -> None:
+    """Two loading processes instead of none, across a SIGTERM: workers only load."""
+    run = tmp_path / RUN
+    process = start(tmp_path, *SAVE_SOMETIMES, "--set", "compute.workers=2")
+    wait_until(has_step(run, "stage_8", 2), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, output
+    code, output = train(tmp_path, *SAVE_SOMETIMES)
+    assert code == 0, output
+    assert "compute.workers" in output
+    assert_same_run(run, uninterrupted)
+
+
+def test_the_comparison_can_fail(tmp_path: Path, uninterrupted: Path) -> None:
+    """A run with another seed is not the same run: the criterion of this file tells them apart."""
+    code, output = train(tmp_path, *SAVE_SOMETIMES, "--set", "seed=1", "--stages", "stage_8")
+    assert code == 0, output
+    with pytest.raises(AssertionError, match="val_loss"):
+        assert_same_state(tmp_path / RUN / "stage_8_epoch_1.pt", uninterrupted / "stage_8_epoch_1.pt")

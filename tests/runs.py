@@ -1,0 +1,118 @@
+"""Real training processes for tests, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import ROOT, TINY
+
+WALL_CLOCK_TAGS = ("epoch_time", "perf/", "ops/")
+"""Tags whose values are times; all others must be equal between two runs of one config."""
+RUN = Path("hybrid_vit_cascade/checkpoints/tiny")
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+def start(workspace: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """`python -m app train` on the tiny cascade."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "app", "train", "--config", str(TINY), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "WORKSPACE": str(workspace), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def command(workspace: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m app ...`, finished."""
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "WORKSPACE": str(workspace), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def train(workspace: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Train to the end: exit code and output."""
+    process = start(workspace, *arguments, env=env)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def manifest(run: Path) -> list[dict[str, Any]]:
+    """Committed lines; a torn last line is left out."""
+    path = run / "manifest.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line for line in map(json.loads, lines) if line["state"] == "committed"]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
+    """Poll a condition on the files of a live process."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if process.poll() is not None:
+            output = process.stdout.read() if process.stdout else ""
+            raise AssertionError(f"the process ended first, exit code {process.returncode}:\n{output}")
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.002)
+
+
+def series(run: Path) -> Series:
+    """Every scalar of a run as TensorBoard's own reader sees it, nothing purged, nothing sampled."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def without_wall_clock(curves: Series) -> Series:
+    """The tags whose values do not depend on the speed of the machine."""
+    return {tag: points for tag, points in curves.items() if not any(name in tag for name in WALL_CLOCK_TAGS)}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint."""
+    payload: dict[str, Any] = torch.load(path, weights_only=True)
+    return payload
+
+
+def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested checkpoint by path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items: Any = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    )
+    return {key: tensor for part, item in items for key, tensor in tensors(item, f"{name}.{part}").items()}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, EMA, optimizer, scaler, counters and losses of two checkpoints are equal, bit for bit."""
+    first, second = load(one), load(other)
+    for key in ("epoch", "val_loss", "scaler_state_dict"):
+        assert first[key] == second[key], key
+    left, right = tensors(first), tensors(second)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"{len(different)} of {len(left)} tensors differ, such as {different[:3]}"
+    counters = [
+        {key: value for key, value in payload["resume"].items() if not isinstance(value, dict) and "seconds" not in key}
+        for payload in (first, second)
+    ]
+    assert counters[0] == counters[1]
