@@ -150,6 +150,8 @@ def _open(path: Path, max_gib: float) -> SliceHeader | str | None:
         return None
     if path.stat().st_size > max_gib * GIB:
         return f"larger than data.max_file_gib, {max_gib:g} GiB"
+    if not meta.transfer_syntax:
+        return UNREADABLE
     if meta.transfer_syntax not in READABLE_SYNTAXES:
         return NO_CODEC.format(_uid(meta.transfer_syntax))
     header = read_header(path, meta)

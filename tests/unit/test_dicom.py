@@ -283,10 +283,8 @@ def test_slices_of_different_size_are_refused(tmp_path):
     assert reasons(tmp_path) == ["20 files: slices of different size in one series"]
 
 
-@pytest.mark.parametrize(
-    "syntax", ["1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"]
-)
-def test_unreadable_compression_is_refused_by_name(tmp_path, syntax):
+@pytest.mark.parametrize("number", ["4.110", "4.201", "1.99", "2"])
+def test_unreadable_compression_is_refused_by_name(tmp_path, number):
     """JPEG XL, HTJ2K, deflate and big endian are named by their transfer syntax."""
     syntax = f"1.2.840.10008.1.2.{number}"
     write_series(tmp_path, stored_values(0, SHAPE), syntax=syntax)
@@ -309,7 +307,7 @@ def test_every_damaged_length_is_refused_without_allocating_it(tmp_path):
         assert reasons(tmp_path) == ["cannot be decoded: truncated or damaged; copy it again"]
     at = raw.index(b"\2\0\1\0OB") + 8
     path.write_bytes(raw[:at] + b"\xff" * 4 + raw[at + 4 :])
-    assert file_meta(path) is None
+    assert reasons(tmp_path) == ["cannot be decoded: truncated or damaged; copy it again"]
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
