@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from PIL import Image
@@ -10,8 +11,11 @@ from PIL import Image
 from app.config import Config
 from app.data.anatomy import body_centre, resample_cube
 from app.data.build import Renderer, clip_hu
+from app.data.cases import PrepareReport, prepare
 from app.data.ct import read_ct
 from app.data.phantom import phantom_hu
+from app.errors import DataError
+from app.workspace import Workspace
 from tests.conftest import tiny_config
 
 FIELD_OF_VIEW_MM = 384.0
@@ -43,3 +47,27 @@ def write_png(path: Path, values: NDArray[np.float32]) -> None:
     """An array with row 0 inferior as a 16-bit image with row 0 superior; the largest value becomes white."""
     pixels = np.rint(values[::-1] * (65535 / values.max())).astype(np.uint16)
     Image.fromarray(pixels).save(path)
+
+
+def workspace_in(folder: Path) -> Workspace:
+    """A workspace with its folders."""
+    workspace = Workspace(folder)
+    workspace.ensure()
+    return workspace
+
+
+def file_times(folder: Path) -> dict[str, int]:
+    """Modification time of every array below a folder."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+
+
+def reasons(report: PrepareReport) -> dict[str, str]:
+    """Path -> reason of each refusal."""
+    return {entry.name: entry.reason or "" for entry in report.refused}
+
+
+def refusals(config: Config, workspace: Workspace) -> str:
+    """The message where nothing can be used."""
+    with pytest.raises(DataError) as caught:
+        prepare(config, workspace)
+    return str(caught.value)

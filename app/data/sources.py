@@ -135,7 +135,7 @@ def _classify(folder: Path, root: Path, found: Found, seen: set[Path]) -> None:
         return
     seen.add(folder.resolve())
     entries = list(_visible(folder, root, found))
-    if any(volume_suffix(path) and path.is_file() for path in entries):
+    if any(_is_volume(path) and path.is_file() for path in entries):
         _patient_folder(folder, [path for path in entries if path.is_file()], root, found)
     elif _holds_volumes(folder):
         for path in entries:
@@ -146,9 +146,12 @@ def _classify(folder: Path, root: Path, found: Found, seen: set[Path]) -> None:
 
 
 def _holds_volumes(folder: Path) -> bool:
-    return any(
-        volume_suffix(Path(name)) and not name.startswith(".") for _, _, names in os.walk(folder) for name in names
-    )
+    return any(_is_volume(Path(name)) and not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
+
+
+def _is_volume(path: Path) -> bool:
+    """Whether a name alone says that this is a volume; `.img` does not, because DICOM files are called so as well."""
+    return volume_suffix(path) in VOLUME_SUFFIXES
 
 
 def _patient_folder(folder: Path, files: list[Path], root: Path, found: Found) -> None:
