@@ -91,7 +91,7 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
         log.info("prepared cases:\n%s", report.table())
         store = CaseStore.open(config, workspace)
         split = split_patients(store, config, run_dir)
-        atomic_write(run_dir.config, resolved_yaml(config).encode())
+        atomic_write(run_dir.config, resolved_yaml(config.without_paths()).encode())
         _Run(config, workspace, env, stop, run_dir, status, store, split, device).train(only)
 
 
@@ -128,6 +128,7 @@ class _Run:
         precision = self._precision(point)
         if point.stage is None:
             log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
+            self._finish()
             return
         log.info("%s", describe(point))
         self._rewind(point)
@@ -140,11 +141,14 @@ class _Run:
                     break
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
             else:
-                atomic_write(self.run_dir.done, b"all stages are finished\n")
-                self.status.close("finished")
+                self._finish()
                 log.info("finished: all stages are trained; checkpoints in %s", self.run_dir.path)
         finally:
             run_log.close(FOLLOWERS_ON_STOP_S if self.stop() else FOLLOWERS_AT_END_S)
+
+    def _finish(self) -> None:
+        atomic_write(self.run_dir.done, b"all stages are finished\n")
+        self.status.close("finished")
 
     def _train_stage(
         self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog
@@ -227,7 +231,9 @@ class _Run:
             followers.append(WandbLog(self.run_dir, self.config, mode))
         run_log = RunLog(curves, followers)
         run_log.layout(layout(_names(self.config)))
-        run_log.text(CONFIG, "\n".join(f"    {line}" for line in resolved_yaml(self.config).splitlines()), 0)
+        run_log.text(
+            CONFIG, "\n".join(f"    {line}" for line in resolved_yaml(self.config.without_paths()).splitlines()), 0
+        )
         return run_log
 
     def _take_over(self, other_name: str) -> None:

@@ -275,7 +275,7 @@ class ComputeConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = operational("auto")
     """`auto` takes a GPU where there is one; `cuda` refuses to start without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: fp32 on a CPU, bf16 on a GPU that has it, else fp16 with a gradient scaler. A resumed run keeps its own."""
+    """`auto`: fp32 on a CPU, bf16 on a GPU that has it, else fp16 with a scaler. A resumed run keeps its own."""
     threads: int = Field(2, ge=1, le=256)
     """CPU threads of the arithmetic; part of the result, bit for bit."""
     workers: int = operational(0, ge=0, le=64)
@@ -330,6 +330,10 @@ class Config(Section):
     def stage(self, name: str) -> StageConfig:
         """The stage called `name`, such as `stage_64`."""
         return next(stage for stage in self.stages if stage.name == name)
+
+    def without_paths(self) -> Self:
+        """The same run without the paths of a machine, which may hold a patient's name: for files that are shared."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"path": None})})
 
     def first_global_step(self, stage: StageConfig) -> int:
         """Optimizer steps of all stages before `stage`."""

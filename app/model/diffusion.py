@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def sample(
     times = torch.linspace(1.0, 0.0, steps + 1, device=noise.device)
     lambdas = log_snr(times, noise.shape[-1], config)
     x_t, x_0 = noise, noise
-    for now, following in zip(lambdas, lambdas[1:], strict=False):
+    for now, following in pairwise(lambdas):
         level = now.expand(noise.shape[0])
         x_0 = correct(denoise(x_t, level))
         alpha, sigma = alpha_sigma(level)

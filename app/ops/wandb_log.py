@@ -13,21 +13,17 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import app
 from app.config import Config
+from app.config_file import config_as_dict
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
 MODULE = "app.ops.wandb_follow"
-
-
-def public_config(config: Config) -> dict[str, Any]:
-    """The config without the paths of this machine."""
-    return config.model_dump(mode="json", exclude={"data": {"path"}})
 
 
 class WandbLog:
@@ -48,7 +44,7 @@ class WandbLog:
             "project": config.wandb.project,
             "entity": config.wandb.entity,
             "mode": mode,
-            "config": public_config(config),
+            "config": config_as_dict(config.without_paths()),
         }
         # `env` sets variables for the child alone; the config goes through the pipe, where `ps` cannot show it.
         self._process = subprocess.Popen(

@@ -54,6 +54,5 @@ def export(run_dir: RunDir, target: Path) -> list[str]:
 
 def _anonymous(config: Config) -> dict[str, Any]:
     """The config without run name, paths and accounts."""
-    data = config.data.model_copy(update={"path": None})
-    plain = config.model_copy(update={"run_name": None, "init_from": None, "data": data, "wandb": type(config.wandb)()})
-    return config_as_dict(plain)
+    nameless = {"run_name": None, "init_from": None, "wandb": type(config.wandb)()}
+    return config_as_dict(config.without_paths().model_copy(update=nameless))

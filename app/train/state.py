@@ -72,7 +72,7 @@ class StageState:
             "scaler_state_dict": self.precision.state_dict(),
             "epoch": self.progress.epochs - 1,
             "val_loss": self.progress.val_loss,
-            "config": config_as_dict(self.config),
+            "config": config_as_dict(self.config.without_paths()),
             RESUME_KEY: {
                 "format": FORMAT,
                 "stage": self.stage.name,

@@ -23,8 +23,9 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from app.config import Config
+from app.config_file import config_as_dict
 from app.ops.event_files import EventReader, rewind
-from app.ops.wandb_log import WandbLog, public_config
+from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import axis, is_axis, keep_before
 from app.workspace import RunDir
@@ -165,7 +166,9 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
     log = start(run, config=config)
     log_steps(log, 1, 10)
     log.close()
-    forbidden = [*planted.values(), "Doe^Jane", socket.gethostname(), "pytest", "wandb_follow.py"]
+    # Two letters of a short host name stand in any compressed picture: such a name is looked for in quotes.
+    host = socket.gethostname()
+    forbidden = [*planted.values(), "Doe^Jane", host if len(host) > 5 else f'"{host}"', "pytest", "wandb_follow.py"]
     content = wandb_file(run).read_bytes()
     assert [text for text in forbidden if text.encode() in content] == []
     for path in run.wandb.rglob("*"):
@@ -188,9 +191,9 @@ def test_the_config_is_shown_without_paths(run: RunDir) -> None:
         for item in record.run.config.update
     }
     del updates["_wandb"]
-    assert updates == public_config(config)
+    assert updates == config_as_dict(config.without_paths())
     assert updates["seed"] == 17
-    assert "path" not in updates["data"]
+    assert updates["data"]["path"] is None
 
 
 class Server(ThreadingHTTPServer):
