@@ -298,7 +298,7 @@ def test_a_file_that_is_no_config_is_explained(write, text, expected):
 def test_a_missing_file_names_those_that_exist(write):
     """With the nearest one suggested."""
     write("seed: 1")
-    shipped = f"{ROOT}/configs/demo.yaml, {ROOT}/configs/runpod.yaml"
+    shipped = ", ".join(f"{ROOT}/configs/{name}.yaml" for name in ("ct-small", "demo", "runpod"))
     assert message("d.yaml") == f"d.yaml: no such file; did you mean c.yaml? Configs that exist: c.yaml, {shipped}"
     assert message("xyz/elsewhere.toml") == f"xyz/elsewhere.toml: no such file. Configs that exist: {shipped}"
 
@@ -421,12 +421,18 @@ def test_differences_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "epochs", "may"), [("constant", 101, True), ("constant", 99, False), ("cosine", 101, False)]
+    ("schedule", "physics", "epochs", "may"),
+    [
+        ("constant", 0.0, 101, True),
+        ("constant", 0.0, 99, False),
+        ("constant", 0.02, 101, False),
+        ("cosine", 0.0, 101, False),
+    ],
 )
-def test_a_stage_may_grow_only_under_a_constant_schedule(schedule, epochs, may):
-    """With a cosine, more epochs would change the learning rate of the steps already taken."""
+def test_a_stage_may_grow_only_where_no_schedule_knows_its_length(schedule, physics, epochs, may):
+    """With a cosine or a physics ramp, more epochs would change the steps already taken."""
     optimizer = Config().optimizer.model_copy(update={"schedule": schedule})
-    old = _changed(optimizer=optimizer)
+    old = _changed(optimizer=optimizer, physics=Config().physics.model_copy(update={"weight": physics}))
     first, *others = old.stages
     new = old.model_copy(update={"stages": (first.model_copy(update={"epochs": epochs}), *others)})
     scientific, operational = differences(config_as_dict(old), new, Path("a.pt"))
