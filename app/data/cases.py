@@ -16,12 +16,12 @@ from app.config import Config
 from app.data.acceptance import refusal_by_limits
 from app.data.cache import Cache, CaseRecord
 from app.data.prepare import prepare
-from app.data.report import PrepareReport
+from app.data.report import NothingUsable, PrepareReport
 from app.data.split import Case, Split, split_patients
 from app.errors import DataError
 from app.workspace import Workspace
 
-__all__ = ["Case", "CaseStore", "LoadedCase", "PrepareReport", "Split", "prepare", "split_patients"]
+__all__ = ["Case", "CaseStore", "LoadedCase", "NothingUsable", "PrepareReport", "Split", "prepare", "split_patients"]
 
 REPAIR = "delete the folder {} and run `python -m app prepare` again"
 

@@ -35,7 +35,7 @@ def prepare(
         progress: a bar where stderr is a terminal; log lines come in any case.
 
     Raises:
-        DataError: no usable case; the message lists the reasons.
+        NothingUsable: no usable case; the message lists the reasons.
         Stopped: `stop` said so; finished cases stay.
     """
     workspace.ensure()

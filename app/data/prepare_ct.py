@@ -14,7 +14,7 @@ from app.data.cache import Cache, CaseRecord, Outcome
 from app.data.dicom import DicomSeries, discover
 from app.data.limits import check_file_size, inside
 from app.data.pseudonym import Pseudonyms, load_key, without_names
-from app.data.report import Entry
+from app.data.report import Entry, NothingUsable, PrepareReport
 from app.data.sources import EXPECTED, Found, Source, files_below, find_sources, path_texts, signature
 from app.data.watch import Watch
 from app.errors import DataError
@@ -52,7 +52,7 @@ class CtPreparation:
         """Every case and every refusal.
 
         Raises:
-            DataError: nothing usable.
+            NothingUsable: no case at all.
         """
         found = find_sources(self._root) if self._root.is_dir() else Found()
         entries: list[Entry] = []
@@ -60,7 +60,7 @@ class CtPreparation:
             entries = self._read(found, watch)
         entries += self._kept({entry.record.id for entry in entries if entry.record})
         if not any(entry.reason is None for entry in entries):
-            raise DataError(self._nothing_usable(entries))
+            raise NothingUsable(self._nothing_usable(entries), PrepareReport(tuple(entries)))
         return entries
 
     def _read(self, found: Found, watch: Watch) -> list[Entry]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from app.data.cache import CaseRecord
+from app.errors import DataError
 
 HEADINGS = ("case", "patient", "size, spacing", "coverage", "lungs", "DRR difference", "verdict", "reason or notes")
 
@@ -66,6 +67,14 @@ class PrepareReport:
         rows.insert(1, tuple("-" * width for width in widths))
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines)
+
+
+class NothingUsable(DataError):
+    """Everything was refused; the report says which and why, with names where they may be shown."""
+
+    def __init__(self, message: str, report: PrepareReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def _percent(share: float | None, digits: int) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from app.data.cases import CaseStore, PrepareReport, prepare, split_patients
+from app.data.cases import CaseStore, NothingUsable, PrepareReport, prepare, split_patients
 from app.errors import DataError
 from app.workspace import Workspace
 from tests.dicom_files import PATIENT_ID, PATIENT_NAME, write_series
@@ -231,7 +231,11 @@ def test_a_scan_that_is_no_thorax_is_refused_with_figures(tmp_path):
         image = sitk.GetImageFromArray(ball)
         image.SetSpacing([spacing] * 3)
         sitk.WriteImage(image, str(workspace.data / name))
-    message = refusals(ct_config(), workspace)
+    with pytest.raises(NothingUsable) as caught:
+        prepare(ct_config(), workspace)
+    message = str(caught.value)
+    assert "ball.mha" in caught.value.report.table(show_names=True)
+    assert "ball.mha" not in message + caught.value.report.table()
     assert message.startswith(f"none of the 2 scans in {workspace.data} can be used:\n  s")
     assert "not a thorax: lungs fill 0.0% of the body, at least 3.0% is needed (data.min_lung_fraction)" in message
     assert "the scan covers 3% of the field of view of 384 mm, at least 30% is needed (data.min_coverage)" in message
