@@ -119,13 +119,18 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
 def _prepare(arguments: argparse.Namespace, env: Environment) -> int:
     from app.config_file import load_config
     from app.data.cases import prepare
+    from app.data.report import NothingUsable
     from app.ops.signals import StopSignal
 
     stop = StopSignal()
     config = load_config(_config_path(arguments, env), arguments.overrides, env)
     workspace = Workspace(env.workspace)
     workspace.ensure()
-    report = prepare(config, workspace, stop=stop)
+    try:
+        report = prepare(config, workspace, stop=stop)
+    except NothingUsable as error:
+        print(error.report.table(arguments.show_names))
+        raise
     print(report.table(arguments.show_names))
     return 0
 

@@ -134,17 +134,32 @@ class _Run:
         self._rewind(point)
         run_log = self._open_log()
         try:
-            pending = list(self.config.stages[self.config.stages.index(point.stage) :])
-            for stage in pending:
-                if only and stage.name not in only:
-                    log.info("--stages: %s is left out, and with it every later stage", stage.name)
-                    break
+            for stage in self._pending(point.stage, only):
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
-            else:
+            if not only or self.config.stages[-1].name in only:
                 self._finish()
                 log.info("finished: all stages are trained; checkpoints in %s", self.run_dir.path)
+            else:
+                self.status.close("finished")
+                log.info("finished: --stages %s", " ".join(only))
         finally:
             run_log.close(FOLLOWERS_ON_STOP_S if self.stop() else FOLLOWERS_AT_END_S)
+
+    def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
+        """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
+
+        Raises:
+            ConfigError: a stage is asked for whose predecessor is not finished.
+        """
+        pending = list(self.config.stages[self.config.stages.index(first) :])
+        chosen = [stage for stage in pending if not only or stage.name in only]
+        for needed, stage in zip(pending, chosen, strict=False):
+            if needed != stage:
+                raise ConfigError(
+                    f"--stages {stage.name}: {needed.name} comes before it and is not finished. Train it first, or "
+                    "take it over from another run with init_from"
+                )
+        return chosen
 
     def _finish(self) -> None:
         atomic_write(self.run_dir.done, b"all stages are finished\n")
@@ -202,9 +217,20 @@ class _Run:
         scientific, operational = differences(point.found["config"], self.config, self.run_dir.path / point.source)
         if scientific:
             raise CheckpointError(refusal(scientific))
+        self._refuse_growth_of_a_parent(point, [difference.key for difference in operational])
         for difference in operational:
             log.info("changed since the last attempt: %s", difference)
         return Precision(point.found[RESUME_KEY]["precision"], self.device)
+
+    def _refuse_growth_of_a_parent(self, point: ResumePoint, changed: Sequence[str]) -> None:
+        reached = point.found[RESUME_KEY]["stage"] if point.found else ""
+        names = _names(self.config)
+        for name in names[: names.index(reached)]:
+            if f"stages.{name}.epochs" in changed:
+                raise CheckpointError(
+                    f"stages.{name}.epochs: {name} is finished and {reached} is trained on its outputs, so it cannot "
+                    "be prolonged. Put the old value back, or start a new run with another run_name"
+                )
 
     def _rewind(self, point: ResumePoint) -> None:
         stage, counters = point.stage, point.counters

@@ -171,7 +171,7 @@ class CheckpointFolder:
         sync_folder(self.run_dir.path)
 
     def entries(self, stage: str | None = None) -> list[FoundCheckpoint]:
-        """Every checkpoint file of the run (of one stage), the furthest first, then best, final and last kinds."""
+        """Every checkpoint file of the run (of one stage), the furthest first."""
         by_name: dict[str, dict[str, Any]] = {}
         for line in self._lines():
             by_name[line["file"]] = line

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ class Parents:
         """`cases` are those that any stage will see; `cache` is the workspace's."""
         self.config, self.checkpoints, self.store, self.cache = config, checkpoints, store, cache
         self.cases = sorted(cases, key=lambda case: case.content)
+        self._hashes: dict[str, str] = {}
 
     def parent_hash(self, stage: StageConfig) -> str | None:
         """Hash of the EMA tensors of the best checkpoint of the stage before `stage`; None for the first."""
@@ -64,7 +66,7 @@ class Parents:
                 hand_over(model, self.store, self.cases, grandparent, folder, self.config, stop)
         return folder
 
-    def _best(self, stage: StageConfig) -> tuple[dict[str, object], Path]:
+    def _best(self, stage: StageConfig) -> tuple[dict[str, Any], Path]:
         found = self.checkpoints.newest(stage.name, kinds=("best",))
         if found is None:
             raise CheckpointError(
@@ -75,8 +77,11 @@ class Parents:
         return payload, entry.path
 
     def _best_hash(self, stage: StageConfig) -> str:
-        payload, _ = self._best(stage)
-        return tensors_hash(payload[RESUME_KEY]["ema_state_dict"])  # type: ignore[index]
+        """Read once: a finished stage does not change."""
+        if stage.name not in self._hashes:
+            payload, _ = self._best(stage)
+            self._hashes[stage.name] = tensors_hash(payload[RESUME_KEY]["ema_state_dict"])
+        return self._hashes[stage.name]
 
     def _folder(self, parent: StageConfig) -> LowresFolder:
         """Named by everything that shapes the volumes in it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.train.checkpoint import UNREADABLE, CheckpointFolder, FoundCheckpoint
+from app.train.checkpoint import UNREADABLE, CheckpointFolder
 from app.workspace import RunDir
 
 HEADER = ("file", "epochs", "step", "MiB", "sha256", "verdict")
@@ -12,8 +12,8 @@ def checkpoint_table(run_dir: RunDir) -> tuple[str, bool]:
     """The table with the checkpoint that would be resumed from, and whether there is one; nothing is moved."""
     folder = CheckpointFolder(run_dir)
     rows, resumable = [HEADER], None
-    entries = sorted(folder.entries(), key=_furthest_first)
-    for entry in entries:
+    stages = sorted({entry.stage for entry in folder.entries()}, key=_resolution, reverse=True)
+    for entry in [entry for stage in stages for entry in folder.entries(stage)]:
         damage = folder.damage(entry)
         if damage is None and resumable is None:
             resumable = entry
@@ -41,6 +41,5 @@ def checkpoint_table(run_dir: RunDir) -> tuple[str, bool]:
     return "\n".join(lines), resumable is not None
 
 
-def _furthest_first(entry: FoundCheckpoint) -> tuple[int, int, int, str]:
-    resolution = int(entry.stage.removeprefix("stage_"))
-    return -resolution, -entry.counters.epochs, -entry.counters.step, entry.kind
+def _resolution(stage: str) -> int:
+    return int(stage.removeprefix("stage_"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from app.errors import NumericsError, Stopped
+from app.errors import MachineError, NumericsError, Stopped
 from app.model.diffusion import log_snr
 from app.tags import VAL_PSNR
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
@@ -298,7 +298,13 @@ def _log_step(state: StageState, run: StageRun, values: StepValues, weight: floa
 def _save(state: StageState, run: StageRun, kinds: list[str]) -> None:
     """Publish the state; every point up to it is in the event files first, so that a resume finds no gap."""
     run.run_log.flush()
-    run.checkpoints.publish(state.stage.name, kinds, state.payload(), state.progress.counters)
+    try:
+        run.checkpoints.publish(state.stage.name, kinds, state.payload(), state.progress.counters)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {state.stage.name}_{kinds[0]}.pt: {error.strerror or error}. The older checkpoints are "
+            f"whole; free some space in {run.checkpoints.run_dir.path} and start again"
+        ) from error
     run.status(checkpoint=state.progress.step, checkpoint_file=f"{state.stage.name}_{kinds[0]}.pt")
 
 
