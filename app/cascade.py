@@ -14,7 +14,7 @@ from app.config_changes import differences, refusal
 from app.config_file import resolved_yaml
 from app.data.cases import Case, CaseStore, Split, prepare, split_patients
 from app.env import Environment
-from app.errors import CheckpointError, ConfigError, DataError
+from app.errors import CheckpointError, ConfigError
 from app.ops.event_files import rewind
 from app.ops.layout import layout
 from app.ops.panels import validation_panel
@@ -345,8 +345,5 @@ def _names(config: Config) -> list[str]:
 
 def _cases(store: CaseStore, ids: Sequence[str]) -> list[Case]:
     """In the order of their content, which does not depend on the workspace's pseudonyms."""
-    chosen = set(ids)
-    found = sorted((case for case in store.cases if case.id in chosen), key=lambda case: case.content)
-    if len(found) != len(chosen):
-        raise DataError(f"{len(chosen) - len(found)} cases of the split are not in the cache: run `prepare` again")
-    return found
+    by_id = {case.id: case for case in store.cases}
+    return sorted((by_id[case_id] for case_id in ids), key=lambda case: case.content)

@@ -79,10 +79,15 @@ class _HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -149,7 +154,13 @@ class CheckpointFolder:
         line: dict[str, object] = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}
         with atomic_file(path) as file:
             hashing = _HashingFile(file)
-            write(hashing)
+            try:
+                write(hashing)
+            except RuntimeError as error:
+                # torch hides a failed write behind an error of its own.
+                if hashing.error is not None:
+                    raise hashing.error from error
+                raise
             sha256 = hashing.digest.hexdigest()
             if expected_sha256 not in (None, sha256):
                 raise OSError(f"{path.name}: the copy differs from its source (sha256 {sha256[:12]})")
