@@ -7,6 +7,9 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
 
 from app.env import Environment, Secret
 from app.errors import MachineError
@@ -31,13 +34,22 @@ class RedactingFormatter(logging.Formatter):
         return text
 
 
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes a line above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record, with the bars taken off the terminal meanwhile."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def setup_logging(logs_dir: Path | None, env: Environment) -> None:
     """Sends the log of the whole process to stderr and, where a folder is given, to the end of `train.log` in it.
 
     Raises:
         MachineError: the file cannot be opened.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [TerminalHandler(sys.stderr)]
     if logs_dir is not None:
         handlers.append(_file_handler(logs_dir / LOG_FILE))
     root = logging.getLogger()
