@@ -28,7 +28,7 @@ def stand_in_base() -> str:
     name = f"{NAME}:{_fingerprint(settings)}"
     if subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode == 0:
         return name
-    folder = Path(tempfile.mkdtemp(prefix="stand-in-", dir="/var/tmp"))  # noqa: S108 - /tmp may be small or noexec
+    folder = Path(tempfile.mkdtemp(prefix="stand-in-", dir="/var/tmp"))
     try:
         release = platform.freedesktop_os_release()["VERSION_CODENAME"]
         run = ["debootstrap", "--variant=minbase", release, str(folder / "root")]
