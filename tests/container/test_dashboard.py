@@ -1,0 +1,95 @@
+"""The dashboard as seen from outside the container."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.container.engine import Container
+from tests.runs import RUN
+
+PASSWORD = "correct horse battery staple"
+AUTHORIZATION = {"Authorization": "Basic " + base64.b64encode(f"any:{PASSWORD}".encode()).decode()}
+LISTENING = "0A"
+PORT = 6006
+
+
+@pytest.fixture(scope="module")
+def trained(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    """A container with a password whose run is finished."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(TINY.read_text())
+    env = {"CONFIG": "/workspace/tiny.yaml", "DASHBOARD_PASSWORD": PASSWORD}
+    with Container(workspace=folder, env=env) as container:
+        container.wait_for((folder / RUN / "DONE").exists, "DONE", limit_s=180)
+        container.wait_for(lambda: container.get("/healthz")[0] == 200, "/healthz")
+        yield container
+
+
+def test_only_the_dashboard_listens(trained: Container) -> None:
+    """Port 6006 is the only one that another machine can reach; TensorBoard's own data server stays on loopback."""
+    reachable, local = set(), set()
+    for row in trained.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines():
+        fields = row.split()
+        if fields[3] == LISTENING:
+            address, _, port = fields[1].partition(":")
+            (local if address == "0100007F" else reachable).add(int(port, 16))
+    assert reachable == {PORT}
+    assert len(local) <= 1
+
+
+def test_nothing_but_health_without_the_password(trained: Container) -> None:
+    """401 for every page; `/healthz` says that it is well and nothing about the run."""
+    for path in ("/", "/status", "/data/runs", "/data/plugin/scalars/tags", "/nothing"):
+        assert trained.get(path)[0] == 401, path
+    status, body = trained.get("/healthz")
+    assert (status, json.loads(body)) == (200, {"status": "ok"})
+    assert "tiny" in trained.get("/status", AUTHORIZATION)[1].decode()
+    assert PASSWORD not in trained.logs()
+
+
+def test_a_browser_shows_the_curves(trained: Container, tmp_path: Path) -> None:
+    """Headless Chromium: no page without the password, with it the scalars page has drawn curves."""
+    refused = browse(trained.url, tmp_path / "refused.png")
+    assert "tf-tensorboard" not in refused
+    assert len(colours(tmp_path / "refused.png")) < 200
+    page = browse(f"{trained.url}/?token={PASSWORD.replace(' ', '%20')}#timeseries", tmp_path / "curves.png")
+    assert "stage_8/" in page
+    assert len(colours(tmp_path / "curves.png")) > 500
+
+
+def test_a_generated_password_is_printed_once_and_opens_the_door(workspace: Path) -> None:
+    """Where none is set; an unresolved placeholder counts as unset."""
+    env = {"CONFIG": "/workspace/tiny.yaml", "DASHBOARD_PASSWORD": "{{ RUNPOD_SECRET_dashboard }}"}
+    with Container(workspace=workspace, env=env) as container:
+        container.wait_for_log("/?token=")
+        assert container.get("/status")[0] == 401
+        password = container.logs().partition("/?token=")[2].split()[0]
+        container.wait_for(lambda: container.get("/healthz")[0] == 200, "/healthz")
+        given = {"Authorization": "Basic " + base64.b64encode(f":{password}".encode()).decode()}
+        assert container.get("/status", given)[0] == 200
+        written = [path for path in workspace.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
+        assert written == []
+
+
+def browse(url: str, picture: Path) -> str:
+    """The page as Chromium made it, and a screenshot of it."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1600,1000"]
+    options += ["--virtual-time-budget=20000", f"--user-data-dir={picture.parent / 'chromium'}"]
+    subprocess.run(["chromium", *options, f"--screenshot={picture}", url], capture_output=True, check=True, timeout=120)
+    dump = subprocess.run(["chromium", *options, "--dump-dom", url], capture_output=True, check=True, timeout=120)
+    return dump.stdout.decode(errors="replace")
+
+
+def colours(picture: Path) -> set[tuple[int, int, int]]:
+    """The different colours of a screenshot."""
+    with Image.open(picture) as image:
+        return set(image.convert("RGB").get_flattened_data())
