@@ -45,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = _command(commands, "train", _train, "train the cascade, or go on where it was")
-    supervise = _command(
-        commands, "supervise", _supervise, "run trainer and dashboard: the first process of a container"
-    )
+    supervise = _command(commands, "supervise", _supervise, "run trainer and dashboard; PID 1 of a container")
     supervise.add_argument(
         "--runtime", type=Path, default=Path("/run"), metavar="DIR", help="for passwords and the like (default: /run)"
     )
@@ -80,9 +78,7 @@ def _runpod_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
     watch.set_defaults(run=_runpod_watch)
     watch.add_argument("pod", metavar="POD_ID")
     watch.add_argument("--max-starts", type=int, default=20, metavar="N", help="in all, counted in the ledger (20)")
-    watch.add_argument(
-        "--max-usd-per-hour", type=float, required=True, metavar="USD", help="a dearer pod is left alone"
-    )
+    watch.add_argument("--max-usd-per-hour", type=float, required=True, metavar="USD", help="a dearer pod is left")
     ledger = Path.home() / ".local/state/hybrid_vit_cascade/runpod-watch.jsonl"
     watch.add_argument("--ledger", type=Path, default=ledger, metavar="FILE", help=f"of starts ({ledger})")
 

@@ -151,7 +151,7 @@ class Environment:
 
 
 def child_environment(added: Mapping[str, str]) -> dict[str, str]:
-    """What a child process gets: this process's variables, the defaults of those of ours that are unset, and `added`."""
+    """What a child process gets: this process's variables, the defaults of ours that are unset, and `added`."""
     defaults = {variable.name: variable.default for variable in VARIABLES if variable.default}
     return {**defaults, **os.environ, **added}
 

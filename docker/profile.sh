@@ -1,0 +1,5 @@
+# shellcheck shell=sh
+# Goes to /etc/profile.d/: a shell by SSH works with the container's own variables, which it does not inherit.
+if [ -r /run/hybrid_vit_cascade.env ]; then
+    . /run/hybrid_vit_cascade.env
+fi
