@@ -31,6 +31,7 @@ LISTENED = {*STOPS, signal.SIGCHLD}
 LOOK_EVERY_S = 5.0
 KILL_AFTER_S = 4.4
 """What is left of a pod's five seconds is for the kernel and this process."""
+HURRY_AFTER_S = 2.5
 LAST_REAPING_S = 0.2
 PR_SET_CHILD_SUBREAPER = 36
 INIT = 1
@@ -50,7 +51,10 @@ class Shim:
         """Until a signal comes or supervisord ends; the exit code."""
         signal.pthread_sigmask(signal.SIG_BLOCK, LISTENED)
         _adopt_orphans()
-        self.supervisord = self._spawn([sys.executable, "-m", "supervisor.supervisord", "-c", str(SUPERVISORD_CONFIG)])
+        # Named root, supervisord does not log as critical that nobody told it to be another user.
+        user = ["-u", "root"] if os.getuid() == 0 else []
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(SUPERVISORD_CONFIG), *user]
+        self.supervisord = self._spawn(command)
         if sshd is not None:
             self._spawn(sshd)
         while True:
@@ -94,8 +98,8 @@ class Shim:
                 _signal(left, signal.SIGKILL)
                 signal.sigtimedwait({signal.SIGCHLD}, LAST_REAPING_S)
                 break
-            if not hurried and not left & set(trainer):
-                # The dashboard need not wait until supervisord turns to it.
+            if not hurried and not left & set(trainer) and time.monotonic() - start > HURRY_AFTER_S:
+                # The trainer has had its time, and the dashboard need not wait until supervisord turns to it.
                 hurried = True
                 _signal(left - {self.supervisord}, signal.SIGTERM)
             signal.sigtimedwait({signal.SIGCHLD}, 0.05)
@@ -132,7 +136,7 @@ def supervise(env: Environment, train_arguments: Sequence[str], runtime: Path = 
     pid_file = folder / PID_FILE
     pid_file.unlink(missing_ok=True)
     arguments = [*train_arguments, "--pid-file", str(pid_file)]
-    added = {"PYTHON": sys.executable, "TRAIN_ARGS": shlex.join(arguments)}
+    added = {"PYTHON": sys.executable, "TRAIN_ARGS": shlex.join(arguments), "RUNTIME_DIR": str(folder)}
     return Shim(pid_file, child_environment(added)).run(sshd)
 
 
