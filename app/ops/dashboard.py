@@ -39,8 +39,7 @@ def serve(workspace: Workspace, env: Environment, stop: Callable[[], bool]) -> N
     Raises:
         MachineError: the port is taken, TensorBoard does not start, or it answers no more.
     """
-    # TensorBoard tells at INFO what it does with each of its files.
-    logging.getLogger("tensorboard").setLevel(max(logging.WARNING, logging.getLogger().level))
+    _quieten_tensorboard()
     guard = Guard(settle_password(env), StatusPages(workspace))
     with Server(env.dashboard_host, env.port, guard) as server:
         threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
@@ -51,6 +50,12 @@ def serve(workspace: Workspace, env: Environment, stop: Callable[[], bool]) -> N
             board.check()
             time.sleep(0.1)
         server.shutdown()
+
+
+def _quieten_tensorboard() -> None:
+    """It tells at INFO what it does with each of its files, in part through the root logger itself."""
+    logging.getLogger("tensorboard").setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger().addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 class Board(threading.Thread):

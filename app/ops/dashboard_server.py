@@ -83,7 +83,8 @@ def _listen(host: str, port: int) -> socket.socket:
             raise MachineError(
                 f"port {port} of {host} is taken: stop what listens there, or choose another one with PORT"
             ) from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]
         raise MachineError(
-            f"cannot listen on port {port} of {host}: {error.strerror}. DASHBOARD_HOST must be an address of this "
+            f"cannot listen on port {port} of {host}: {reason}. DASHBOARD_HOST must be an address of this "
             "machine, such as 127.0.0.1 or 0.0.0.0"
         ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.env import Environment
-from app.errors import MachineError
+from app.errors import ConfigError, MachineError
 from app.ops import dashboard_auth
 from app.ops.dashboard_auth import PasswordGate, Sessions, Verdict, is_loopback, private_folder, settle_password
 
@@ -18,6 +18,32 @@ from app.ops.dashboard_auth import PasswordGate, Sessions, Verdict, is_loopback,
 def environment(**variables: str) -> Environment:
     """An environment with these variables."""
     return Environment.read(variables)
+
+
+def test_by_default_the_dashboard_is_for_this_machine() -> None:
+    """Port 6006 of loopback; a password would be asked elsewhere."""
+    env = environment(DASHBOARD_HOST="{{ HOST }}", PORT="")
+    assert (env.dashboard_host, env.port, env.dashboard_auth, env.dashboard_password) == (
+        "127.0.0.1",
+        6006,
+        "password",
+        None,
+    )
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "6006/http", "6e3", "9" * 5000, "\u0661"])
+def test_a_port_is_a_number(port: str) -> None:
+    """Never one that TensorBoard or the system would choose."""
+    with pytest.raises(ConfigError, match=r"^environment variable PORT: expected a number from 1 to 65535, found '"):
+        environment(PORT=port)
+
+
+@pytest.mark.parametrize("auth", ["None", "no", "off", "basic"])
+def test_a_misspelt_auth_does_not_open_the_dashboard(auth: str) -> None:
+    """Only `none` itself does."""
+    message = f"^environment variable DASHBOARD_AUTH: expected one of password, none, found '{auth}'$"
+    with pytest.raises(ConfigError, match=message):
+        environment(DASHBOARD_AUTH=auth)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
@@ -59,7 +85,9 @@ def test_beyond_loopback_a_password_is_generated_once(
     generated = settle_password(env, tmp_path)
     assert generated is not None
     assert len(generated) >= 24
-    assert f"asks for the generated password {generated} (any user name), or open /?token={generated} once" in caplog.text
+    assert (
+        f"asks for the generated password {generated} (any user name), or open /?token={generated} once" in caplog.text
+    )
     path = tmp_path / "dashboard_password"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     caplog.clear()
@@ -117,7 +145,7 @@ def test_a_folder_that_somebody_prepared_is_not_trusted(temporary: Path) -> None
     folder.rmdir()
     (temporary / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(temporary / "elsewhere")
-    with pytest.raises(MachineError, match="found uid .* with mode l.*: remove it, or set DASHBOARD_PASSWORD"):
+    with pytest.raises(MachineError, match=r"found uid .* with mode l.*: remove it, or set DASHBOARD_PASSWORD"):
         private_folder()
 
 
