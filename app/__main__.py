@@ -297,7 +297,7 @@ def _config_path(arguments: argparse.Namespace, env: Environment) -> str:
 
 
 def _leave_stopped() -> None:
-    """Leave without taking the interpreter down, which takes seconds with torch in it: a stopped pod has five in all."""
+    """Leave without taking the interpreter down: with torch in it that takes seconds, and a stopped pod has five."""
     logging.shutdown()
     sys.stdout.flush()
     for worker in multiprocessing.active_children():

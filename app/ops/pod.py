@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from app.config import PodConfig
 from app.env import Environment, Secret
@@ -31,6 +31,7 @@ TRY_AGAIN = (409, 429, 500, 502, 503, 504)
 """409: the pod is changing its state; 429: too many requests; the others: their side."""
 POD_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ANSWER_LIMIT = 1 << 20
+STOP_AGAIN_S = 300.0
 SHOWN = 300
 """Characters of an answer in a message."""
 
@@ -174,6 +175,40 @@ def stops_pod(pod: PodConfig, pod_id: str | None) -> bool:
             "pod.on_finish is stop, but RUNPOD_POD_ID is not set: this is no RunPod pod, and it goes on running"
         )
     return pod_id is not None
+
+
+class Patience(Protocol):
+    """The wish to stop, and sleep that it cuts short."""
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+
+
+def stop_this_pod(pod: PodConfig, pod_id: str | None, key: Secret | None, stop: Patience, base: str = API) -> None:
+    """On a pod whose run has ended: the grace period, then stop it, again and again until it is gone.
+
+    Args:
+        pod: whether and when.
+        pod_id: the pod that this container runs on; None elsewhere.
+        key: of RunPod's API.
+        stop: true once the pod goes down.
+        base: address of the API.
+    """
+    if not stops_pod(pod, pod_id) or pod_id is None:
+        return
+    log.info("this pod is stopped in %g minutes; `pod.on_finish: keep` would leave it running", pod.grace_minutes)
+    stop.wait(60 * pod.grace_minutes)
+    while not stop():
+        try:
+            if key is None:
+                raise PodError("RUNPOD_API_KEY is not set")
+            log.info("stopping this pod: accepted by %s", RunPodApi(key, base, stop.wait).stop_pod(pod_id))
+        except PodError as error:
+            log.error("THIS POD COULD NOT BE STOPPED AND COSTS MONEY: stop it in the console. %s", error)
+        stop.wait(STOP_AGAIN_S)
 
 
 def _checked(pod_id: str) -> str:

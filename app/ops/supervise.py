@@ -87,10 +87,10 @@ class Shim:
     def _stop(self) -> None:
         """The trainer first, then supervisord, then whatever is left, then the end of patience."""
         start = time.monotonic()
-        trainer = self._trainer()
+        trainer = self._trainer() | self._adopted()
         _signal(trainer, signal.SIGTERM)
         if self.supervisord is not None:
-            _signal([self.supervisord], signal.SIGTERM)
+            _signal({self.supervisord}, signal.SIGTERM)
         hurried = False
         while left := descendants():
             if time.monotonic() - start > KILL_AFTER_S:
@@ -98,22 +98,26 @@ class Shim:
                 _signal(left, signal.SIGKILL)
                 signal.sigtimedwait({signal.SIGCHLD}, LAST_REAPING_S)
                 break
-            if not hurried and not left & set(trainer) and time.monotonic() - start > HURRY_AFTER_S:
+            if not hurried and not left & trainer and time.monotonic() - start > HURRY_AFTER_S:
                 # The trainer has had its time, and the dashboard need not wait until supervisord turns to it.
                 hurried = True
-                _signal(left - {self.supervisord}, signal.SIGTERM)
+                _signal({pid for pid in left if pid != self.supervisord}, signal.SIGTERM)
             signal.sigtimedwait({signal.SIGCHLD}, 0.05)
             self._reap()
         self._reap()
         log.info("all processes ended after %.1f s", time.monotonic() - start)
 
-    def _trainer(self) -> list[int]:
+    def _trainer(self) -> set[int]:
         """The trainer's process, where it runs and is one of ours: a number in a file may be outdated."""
         try:
             found = json.loads(self.pid_file.read_text())
         except (FileNotFoundError, ValueError):
-            return []
-        return sorted(set(found) & descendants())
+            return set()
+        return set(found) & descendants()
+
+    def _adopted(self) -> set[int]:
+        """Orphans, a trainer among them if the process that watched over it was killed; and the SSH server."""
+        return {pid for pid, parent in living().items() if parent == os.getpid()} - {self.supervisord}
 
 
 def supervise(env: Environment, train_arguments: Sequence[str], runtime: Path = RUNTIME) -> int:
@@ -148,8 +152,8 @@ def park(problem: str) -> int:
     return Stopped.exit_code
 
 
-def descendants() -> set[int]:
-    """All living processes below this one."""
+def living() -> dict[int, int]:
+    """Parent of each living process."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -159,6 +163,12 @@ def descendants() -> set[int]:
                 continue
             if state not in "ZX":
                 parents[int(entry.name)] = int(parent)
+    return parents
+
+
+def descendants() -> set[int]:
+    """All living processes below this one."""
+    parents = living()
     found: set[int] = set()
     generation = {os.getpid()}
     while generation:
@@ -167,7 +177,7 @@ def descendants() -> set[int]:
     return found
 
 
-def _signal(pids: Sequence[int] | set[int], number: signal.Signals) -> None:
+def _signal(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
         try:
             os.kill(pid, number)

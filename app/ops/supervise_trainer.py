@@ -27,7 +27,7 @@ from app.data.sources import find_sources
 from app.env import Environment, child_environment
 from app.errors import AppError, CrashBudgetError, DataError, LockError, MachineError, Stopped
 from app.ops.crash_budget import BUDGET, Attempts
-from app.ops.pod import PodError, RunPodApi, stops_pod
+from app.ops.pod import stop_this_pod
 from app.ops.refusal import finished, forget_config_refusal, leave_reason, let_stand, refusal_key, standing_refusal
 from app.ops.status import RunStatus
 from app.workspace import RunDir, Workspace
@@ -40,12 +40,11 @@ ENDS = (0, WRONG_ARGUMENTS, 65, 69, 70, 71, 74, 78, 143)
 STOPPED_EARLY = (-signal.SIGTERM, -signal.SIGINT)
 """Stopped before the trainer had its handlers in place."""
 POLL_S = 0.2
-LONGEST_CRASH_PAUSE_S = 30.0
+LONGEST_CRASH_PAUSE_S = 8.0
 FIRST_LOCK_PAUSE_S, LONGEST_LOCK_PAUSE_S = 5.0, 60.0
 DATA_POLL_S, DATA_NOTICE_S = 2.0, 60.0
 DATA_SETTLES_S = 5.0
 """Whoever copies CTs has finished when nothing in the folder changed for this long."""
-POD_STOP_AGAIN_S = 300.0
 
 GO_ON = {
     0: "To train on, ask for more epochs or give another RUN_NAME, and restart",
@@ -120,7 +119,7 @@ class Supervision:
             code = _refused(run_dir, error)
         if not self.stop():
             self._say_how_to_go_on(code, run_dir)
-            self._stop_pod(pod)
+            stop_this_pod(pod, self.env.runpod_pod_id, self.env.runpod_api_key, self.stop)
         return code
 
     def _to_an_end(self, config: Config, workspace: Workspace, run_dir: RunDir) -> int:
@@ -231,22 +230,6 @@ class Supervision:
         if code == WRONG_ARGUMENTS:
             advice = "Correct the arguments and restart"
         log.info("exit code %d. The dashboard stays up. %s", code, advice)
-
-    def _stop_pod(self, pod: PodConfig) -> None:
-        """On a pod: the grace period, then stop it, again and again until the pod is gone."""
-        pod_id, key = self.env.runpod_pod_id, self.env.runpod_api_key
-        if not stops_pod(pod, pod_id) or pod_id is None:
-            return
-        log.info("this pod is stopped in %g minutes; `pod.on_finish: keep` would leave it running", pod.grace_minutes)
-        self.stop.wait(60 * pod.grace_minutes)
-        while not self.stop():
-            try:
-                if key is None:
-                    raise PodError("RUNPOD_API_KEY is not set")
-                log.info("stopping this pod: accepted by %s", RunPodApi(key, pause=self.stop.wait).stop_pod(pod_id))
-            except PodError as error:
-                log.error("THIS POD COULD NOT BE STOPPED AND COSTS MONEY: stop it in the console. %s", error)
-            self.stop.wait(POD_STOP_AGAIN_S)
 
 
 def _refused(run_dir: RunDir, error: AppError) -> int:
