@@ -19,8 +19,8 @@ from tests.container.engine import Container, docker
 from tests.runs import RUN, assert_same_run, command, has_kind, has_step, manifest
 
 CONFIG = {"CONFIG": "/workspace/tiny.yaml"}
-LONGER = ("train", "--set", "stages.*.samples_per_epoch=48", "--set", "checkpoint.save_every_s=0.3")
-"""Epochs of 24 steps with some steps between two saves, so that a kill in the middle loses some."""
+LONGER = ("train", "--set", "stages.*.samples_per_epoch=240", "--set", "checkpoint.save_every_s=0.3")
+"""Epochs of 120 steps with some steps between two saves, so that a kill in the middle loses some."""
 SHORT = Path("hybrid_vit_cascade/checkpoints/short")
 
 
@@ -48,7 +48,7 @@ def test_the_log_of_a_good_run_has_no_error(uninterrupted: Path) -> None:
 def test_a_killed_container_started_again_ends_with_the_same_run(workspace: Path, uninterrupted: Path) -> None:
     """SIGKILL in the middle of an epoch of the second stage, then `docker start`."""
     with Container(*LONGER, workspace=workspace, env=CONFIG) as container:
-        container.wait_for(has_step(workspace / RUN, "stage_16", 30), "step 30 of stage_16", 120, every_s=0.02)
+        container.wait_for(has_step(workspace / RUN, "stage_16", 130), "step 130 of stage_16", 120, every_s=0.02)
         container.kill()
         container.start()
         container.wait_for_log("resuming stage_16 at epoch 1, step ")
@@ -62,7 +62,7 @@ def test_a_new_container_with_only_the_volume_goes_on(workspace: Path, uninterru
     shell = ("-c", f'umask 077 && exec {entrypoint} "$@"', "bash")
     options = ("--hostname", "first", "--entrypoint", "bash")
     with Container(*shell, *LONGER, workspace=workspace, env=CONFIG, options=options) as container:
-        container.wait_for(has_step(workspace / RUN, "stage_8", 30), "step 30 of stage_8", 120)
+        container.wait_for(has_step(workspace / RUN, "stage_8", 130), "step 130 of stage_8", 120)
         container.stop(10)
     with Container(*LONGER, workspace=workspace, env=CONFIG, options=("--hostname", "second")) as container:
         container.wait_for_log("resuming stage_8 at epoch 1, step ")
@@ -77,7 +77,7 @@ def short_demo() -> dict[str, Any]:
     config["data"]["phantoms"]["count"] = 8
     for stage in config["stages"]:
         stage |= {"epochs": 1, "samples_per_epoch": stage["batch"]}
-    config["stages"][-1] |= {"epochs": 3, "samples_per_epoch": 8 * config["stages"][-1]["batch"]}
+    config["stages"][-1] |= {"epochs": 3, "samples_per_epoch": 3 * config["stages"][-1]["batch"]}
     config["checkpoint"] = {"save_every_s": 0.001, "save_every_n_epochs": 1}
     return config
 
@@ -97,14 +97,14 @@ Moment = Callable[[Container, Path], None]
 
 
 def during_a_step(container: Container, run: Path) -> None:
-    """Between the saves after two steps of stage_64."""
-    container.wait_for(has_step(run, "stage_64", 2), "step 2", 180, every_s=0.02)
+    """After the save of the first step of stage_64."""
+    container.wait_for(has_step(run, "stage_64", 1), "step 1", 180, every_s=0.02)
     time.sleep(0.2)
 
 
 def during_validation(container: Container, run: Path) -> None:
     """After the last step of the first epoch."""
-    container.wait_for(has_step(run, "stage_64", 8), "the last step of the epoch", 180, every_s=0.02)
+    container.wait_for(has_step(run, "stage_64", 3), "the last step of the epoch", 180, every_s=0.02)
     time.sleep(0.3)
 
 
