@@ -137,8 +137,8 @@ class Dashboard:
     @property
     def children(self) -> list[int]:
         """Processes that it started and that live."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
 
     def terminate(self) -> tuple[int, float]:
         """SIGTERM; returns the exit code and the seconds until the end."""

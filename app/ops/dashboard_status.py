@@ -21,7 +21,7 @@ UNNAMED = "run without a name"
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:75rem;padding:0 .75rem;"
     "background:#fff;color:#222}"
-    "pre{font:14px/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;background:#f4f4f4;"
+    "pre{font:13px/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;background:#f4f4f4;"
     "padding:.6rem;border-radius:.3rem}"
     "img{width:100%;height:auto}h2{font-size:1.1rem;margin:1.2rem 0 .4rem}"
     "@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}pre{background:#242424}a{color:#8ab4f8}}"
@@ -79,7 +79,9 @@ def _section(name: str | None, run_dir: RunDir) -> str:
     title = escape(name or UNNAMED)
     source = "/status/progress.png" if name is None else f"/status/{name}/progress.png"
     shown = run_dir.progress_png.exists() and PICTURE.fullmatch(source)
-    picture = f'<img src="{source}" alt="curves of {title}">' if shown else "<p>No picture yet.</p>"
+    picture = (
+        f'<a href="{source}"><img src="{source}" alt="curves of {title}"></a>' if shown else "<p>No picture yet.</p>"
+    )
     return f"<h2>{title}</h2><pre>{escape(_words(run_dir))}</pre>{picture}"
 
 
