@@ -48,9 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train the cascade, or go on where it was")
     supervise = _command(commands, "supervise", _supervise, "run trainer and dashboard; PID 1 of a container")
-    supervise.add_argument(
-        "--runtime", type=Path, default=Path("/run"), metavar="DIR", help="for passwords and the like (default: /run)"
-    )
+    _add_runtime(supervise)
     keep = _command(commands, "supervise-trainer", _supervise_trainer, "train, again after a crash, within a budget")
     keep.add_argument("--pid-file", type=Path, metavar="FILE", help="where the trainer's process number stands")
     for command in (train, supervise, keep):
@@ -67,8 +65,15 @@ def parser() -> argparse.ArgumentParser:
     summary = "serve TensorBoard over all runs, and /status, behind a password"
     dashboard = commands.add_parser("dashboard", help=summary, description=summary[0].upper() + summary[1:] + ".")
     dashboard.set_defaults(run=_dashboard)
+    _add_runtime(dashboard)
     _runpod_commands(commands)
     return top
+
+
+def _add_runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runtime", type=Path, default=Path("/run"), metavar="DIR", help="for passwords and the like (default: /run)"
+    )
 
 
 def _runpod_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -271,11 +276,11 @@ def _export(arguments: argparse.Namespace, env: Environment) -> int:
     return 0
 
 
-def _dashboard(_arguments: argparse.Namespace, env: Environment) -> int:
+def _dashboard(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.dashboard import serve
     from app.ops.signals import StopSignal
 
-    serve(Workspace(env.workspace), env, StopSignal())
+    serve(Workspace(env.workspace), env, arguments.runtime, StopSignal())
     return 0
 
 

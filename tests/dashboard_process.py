@@ -86,16 +86,16 @@ class Dashboard:
     """`python -m app dashboard`, its log in a file; ends with the `with` block."""
 
     def __init__(self, folder: Path, workspace: Workspace, port: int | None = None, **variables: str) -> None:
-        """`folder` gets the log and is the process's folder for temporary files."""
+        """`folder` gets the log and is the process's runtime folder."""
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "dashboard.log"
         # Nothing that this machine has set for its own dashboards.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("DASHBOARD_")}
-        own = {"WORKSPACE": str(workspace.root), "PORT": str(self.port), "TMPDIR": str(folder)}
+        own = {"WORKSPACE": str(workspace.root), "PORT": str(self.port)}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app", "dashboard"],
+                [sys.executable, "-m", "app", "dashboard", "--runtime", str(folder)],
                 env={**inherited, **own, **variables},
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -7,6 +7,7 @@ import mimetypes
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.test import Client
@@ -27,20 +28,26 @@ log = logging.getLogger(__name__)
 RELOAD_S = 5.0
 SAMPLES = {"images": 100, "scalars": 10_000}
 """Points that TensorBoard keeps of each tag; by its own choice 10 pictures and 1000 points."""
-PROBE_S = 5.0
+PROBE_S = 2.0
 UNHEALTHY_S = 30.0
 LOST_S = 90.0
 """Seconds without an answer of TensorBoard after which `/healthz` says so, and after which this process ends."""
 
 
-def serve(workspace: Workspace, env: Environment, stop: Callable[[], bool]) -> None:
+def serve(workspace: Workspace, env: Environment, runtime: Path, stop: Callable[[], bool]) -> None:
     """Serves the dashboard until `stop`; the port listens before TensorBoard is loaded.
+
+    Args:
+        workspace: all its runs are shown.
+        env: address, port and password.
+        runtime: folder that ends with the machine, where a generated password is kept.
+        stop: asked many times a second.
 
     Raises:
         MachineError: the port is taken, TensorBoard does not start, or it answers no more.
     """
     _quieten_tensorboard()
-    guard = Guard(settle_password(env), StatusPages(workspace))
+    guard = Guard(settle_password(env, runtime), StatusPages(workspace))
     with Server(env.dashboard_host, env.port, guard) as server:
         threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
         log.info("dashboard on port %d of %s", env.port, env.dashboard_host)

@@ -23,23 +23,22 @@ from app.workspace import atomic_write
 
 log = logging.getLogger(__name__)
 
-RUNTIME_FOLDER = Path("/run/hybrid_vit_cascade")
-"""Made by PID 1 of the container; it ends with the container's disk and is on no shared volume."""
-PASSWORD_FILE = "dashboard_password"
-GENERATED_BYTES = 18
+PASSWORD_FILE = "hybrid_vit_cascade.password"
+GENERATED_BYTES, LONGEST_PASSWORD = 18, 4096
 WEAK_PASSWORD = 12
 """Characters below which a password on a public address deserves a warning."""
 
 
-def settle_password(env: Environment, folder: Path | None = None) -> str | None:
+def settle_password(env: Environment, runtime: Path) -> str | None:
     """The password to ask for; None where the dashboard is for this machine alone and none is set.
 
     Args:
         env: says what is set and whether the dashboard can be reached from other machines.
-        folder: private folder for a generated password; None is `private_folder()`.
+        runtime: folder that ends with the machine, for a generated password; where this user may not write there, the
+            folder for temporary files is taken.
 
     Raises:
-        MachineError: a password has to be generated and there is no private place for it.
+        MachineError: a password has to be generated and cannot be kept, or somebody else may know it.
     """
     if env.dashboard_password is not None:
         password = env.dashboard_password.reveal()
@@ -48,7 +47,9 @@ def settle_password(env: Environment, folder: Path | None = None) -> str | None:
         return password
     if env.dashboard_auth == "none" or is_loopback(env.dashboard_host):
         return None
-    return _generated_password(private_folder() if folder is None else folder)
+    if runtime.is_dir() and os.access(runtime, os.W_OK):
+        return _generated_password(runtime / PASSWORD_FILE)
+    return _generated_password(Path(tempfile.gettempdir()) / f"{os.getuid()}.{PASSWORD_FILE}")
 
 
 def is_loopback(host: str) -> bool:
@@ -61,36 +62,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def private_folder() -> Path:
-    """A folder that no other user can read or prepare, for secrets that end with the machine.
-
-    Raises:
-        MachineError: somebody else owns it or may read it.
-    """
-    folder = RUNTIME_FOLDER
-    if not RUNTIME_FOLDER.is_dir():
-        folder = Path(tempfile.gettempdir()) / f"hybrid_vit_cascade-{os.getuid()}"
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise MachineError(f"cannot make the folder {folder} for a generated password: {error.strerror}") from error
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise MachineError(
-            f"{folder}: expected a folder of this user (uid {os.getuid()}) with mode 700, found uid {found.st_uid} "
-            f"with mode {stat.filemode(found.st_mode)}: remove it, or set DASHBOARD_PASSWORD"
-        )
-    return folder
-
-
-def _generated_password(folder: Path) -> str:
-    path = folder / PASSWORD_FILE
-    try:
-        password = path.read_text().strip()
-    except FileNotFoundError:
-        password = ""
-    except (OSError, ValueError) as error:
-        raise MachineError(f"{path}: cannot be read: {error}; remove it, or set DASHBOARD_PASSWORD") from error
+def _generated_password(path: Path) -> str:
+    password = _read_private(path)
     if password:
         log.info("the dashboard asks for the password that was generated at its first start; it stands in %s", path)
         return password
@@ -109,6 +82,26 @@ def _generated_password(folder: Path) -> str:
         path,
     )
     return password
+
+
+def _read_private(path: Path) -> str:
+    """The text of a file that this user alone may read; empty where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}; remove it, or set DASHBOARD_PASSWORD") from error
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise MachineError(
+                f"{path}: expected a file of this user (uid {os.getuid()}) with mode 600, found uid {found.st_uid} "
+                f"with mode {stat.filemode(found.st_mode)}; remove it, or set DASHBOARD_PASSWORD"
+            )
+        return os.read(descriptor, LONGEST_PASSWORD).decode(errors="replace").strip()
+    finally:
+        os.close(descriptor)
 
 
 class Sessions:

@@ -153,8 +153,9 @@ def test_the_log_has_no_queries_and_no_passwords(board: Dashboard) -> None:
         board.get(f"{path}?{query}", RIGHT)
     for route in ("scalars/scalars", "images/individualImage", "hparams/experiment", "custom_scalars/scalars"):
         board.get(f"/data/plugin/{route}?{query}", RIGHT)
-    board.get(f"/?token={secret}")
-    board.get("/", basic(secret))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        wrong = [pool.submit(board.get, f"/?token={secret}"), pool.submit(board.get, "/", basic(secret))]
+        assert [guess.result().status for guess in wrong] == [401, 401]
     board.get(f"/data/plugin/timeseries/timeSeries?x={secret}", RIGHT, method="POST", body=secret.encode())
     for line in (f"GET /?token={secret}\x01 HTTP/9.9\r\n\r\n", f"{secret}\r\n\r\n", f"GET /?{secret} x y\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", board.port), timeout=5) as raw:
@@ -231,7 +232,6 @@ def test_sigterm_ends_it_at_once_and_leaves_nothing(workspace: Workspace, tmp_pa
 
 def test_a_data_server_that_dies_ends_the_dashboard(workspace: Workspace, tmp_path: Path) -> None:
     """So that supervisord starts it again; health fails before."""
-    # The probe asks every five seconds.
     with Dashboard(tmp_path, workspace, DASHBOARD_PASSWORD=PASSWORD) as board:
         board.wait_until_ready()
         (child,) = board.children
@@ -269,7 +269,7 @@ def test_ctrl_c_is_like_sigterm(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def test_the_command_has_help() -> None:
-    """And no options: everything is in the environment."""
+    """Address and password are in the environment."""
     done = subprocess.run(
         [sys.executable, "-m", "app", "dashboard", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -11,13 +11,15 @@ import pytest
 
 from app.env import Environment
 from app.errors import ConfigError, MachineError
-from app.ops import dashboard_auth
-from app.ops.dashboard_auth import PasswordGate, Sessions, Verdict, is_loopback, private_folder, settle_password
+from app.ops.dashboard_auth import PasswordGate, Sessions, Verdict, is_loopback, settle_password
 
 
 def environment(**variables: str) -> Environment:
     """An environment with these variables."""
     return Environment.read(variables)
+
+
+PUBLIC = environment(DASHBOARD_HOST="0.0.0.0")
 
 
 def test_by_default_the_dashboard_is_for_this_machine() -> None:
@@ -88,7 +90,7 @@ def test_beyond_loopback_a_password_is_generated_once(
     assert (
         f"asks for the generated password {generated} (any user name), or open /?token={generated} once" in caplog.text
     )
-    path = tmp_path / "dashboard_password"
+    path = tmp_path / "hybrid_vit_cascade.password"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     caplog.clear()
     assert settle_password(env, tmp_path) == generated
@@ -98,55 +100,54 @@ def test_beyond_loopback_a_password_is_generated_once(
     assert settle_password(env, tmp_path) not in (generated, None, "")
 
 
-def test_a_short_password_on_a_public_address_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_short_password_on_a_public_address_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On loopback it is nobody's business."""
-    settle_password(environment(DASHBOARD_PASSWORD="abc123", DASHBOARD_HOST="127.0.0.1"))
+    settle_password(environment(DASHBOARD_PASSWORD="abc123", DASHBOARD_HOST="127.0.0.1"), tmp_path)
     assert caplog.text == ""
-    settle_password(environment(DASHBOARD_PASSWORD="abc123", DASHBOARD_HOST="0.0.0.0"))
+    settle_password(environment(DASHBOARD_PASSWORD="abc123", DASHBOARD_HOST="0.0.0.0"), tmp_path)
     assert "DASHBOARD_PASSWORD has fewer than 12 characters; a public address needs more" in caplog.text
     assert "abc123" not in caplog.text
 
 
-def test_without_a_place_for_a_generated_password_nothing_is_served(tmp_path: Path) -> None:
+def test_without_a_place_for_a_generated_password_nothing_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It fails closed: the error names the file and what to do."""
-    (tmp_path / "dashboard_password").mkdir()
-    with pytest.raises(MachineError, match=r"dashboard_password: cannot be read: .*; remove it, or set DASHBOARD_PASS"):
-        settle_password(environment(DASHBOARD_HOST="0.0.0.0"), tmp_path)
-    with pytest.raises(MachineError, match=r"cannot write .*dashboard_password: No such file or directory; free some"):
-        settle_password(environment(DASHBOARD_HOST="0.0.0.0"), tmp_path / "missing")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(
+        MachineError, match=r"cannot write .*password: No such file or directory; free some space, or set"
+    ):
+        settle_password(PUBLIC, tmp_path / "neither")
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without PID 1's folder, whose folder for temporary files is the test's."""
-    monkeypatch.setattr(dashboard_auth, "RUNTIME_FOLDER", tmp_path / "run")
+def test_where_the_runtime_folder_is_not_ours_a_temporary_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named after the user; the same at the next start."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
+    password = settle_password(PUBLIC, tmp_path / "run")
+    path = tmp_path / f"{os.getuid()}.hybrid_vit_cascade.password"
+    assert path.read_text() == f"{password}\n"
+    assert settle_password(PUBLIC, tmp_path / "run") == password
 
 
-def test_the_private_folder_is_pid_1s_or_one_of_this_user(temporary: Path) -> None:
-    """Mode 700, and the same at the next start."""
-    folder = private_folder()
-    assert folder == temporary / f"hybrid_vit_cascade-{os.getuid()}"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert private_folder() == folder
-    (temporary / "run").mkdir(mode=0o700)
-    assert private_folder() == temporary / "run"
-
-
-def test_a_folder_that_somebody_prepared_is_not_trusted(temporary: Path) -> None:
-    """Readable by others, or a link to elsewhere: refused with the mode that was found."""
-    folder = temporary / f"hybrid_vit_cascade-{os.getuid()}"
-    folder.mkdir()
-    folder.chmod(0o755)
-    message = rf"expected a folder of this user \(uid \d+\) with mode 700, found uid {os.getuid()} with mode drwxr-xr-x"
-    with pytest.raises(MachineError, match=message):
-        private_folder()
-    folder.rmdir()
-    (temporary / "elsewhere").mkdir(mode=0o700)
-    folder.symlink_to(temporary / "elsewhere")
-    with pytest.raises(MachineError, match=r"found uid .* with mode l.*: remove it, or set DASHBOARD_PASSWORD"):
-        private_folder()
+@pytest.mark.parametrize("kind", ["readable", "folder", "link", "pipe"])
+def test_a_file_that_somebody_prepared_is_not_trusted(tmp_path: Path, kind: str) -> None:
+    """Readable by others, a folder, a link to elsewhere, a pipe: refused with what was found."""
+    path = tmp_path / "hybrid_vit_cascade.password"
+    if kind == "readable":
+        path.write_text("known to others")
+        path.chmod(0o644)
+    elif kind == "folder":
+        path.mkdir(mode=0o700)
+    elif kind == "link":
+        (tmp_path / "elsewhere").write_text("known to others")
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(path, 0o600)
+    found = {"readable": "-rw-r--r--", "folder": "drwx------", "pipe": "prw-------", "link": "Too many levels"}[kind]
+    with pytest.raises(MachineError, match=rf"cascade\.password: .*{found}.*; remove it, or set DASHBOARD_PASSWORD$"):
+        settle_password(PUBLIC, tmp_path)
 
 
 def test_a_session_ends_after_its_lifetime() -> None:
