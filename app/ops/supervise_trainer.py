@@ -112,18 +112,20 @@ class Supervision:
         pod, workspace = PodConfig(), Workspace(self.env.workspace)
         run_dir = workspace.run_dir(self.env.run_name)
         try:
+            workspace.ensure()
             config = self.load_config()
             pod, run_dir = config.pod, workspace.run_dir(config.run_name)
             code = self._to_an_end(config, workspace, run_dir)
         except AppError as error:
             code = _refused(run_dir, error)
         if not self.stop():
+            if code != 0:
+                _mark_refused(run_dir, code)
             self._say_how_to_go_on(code, run_dir)
             stop_this_pod(pod, self.env.runpod_pod_id, self.env.runpod_api_key, self.stop)
         return code
 
     def _to_an_end(self, config: Config, workspace: Workspace, run_dir: RunDir) -> int:
-        workspace.ensure()
         run_dir.ensure()
         forget_config_refusal(workspace.run_dir(self.env.run_name))
         data = workspace.data if config.data.path is None else Path(config.data.path)
@@ -236,6 +238,14 @@ def _refused(run_dir: RunDir, error: AppError) -> int:
     log.error("%s", error)
     leave_reason(run_dir, error)
     return error.exit_code
+
+
+def _mark_refused(run_dir: RunDir, code: int) -> None:
+    if run_dir.status.exists():
+        try:
+            RunStatus(run_dir).close(f"refused, exit code {code}")
+        except OSError as error:
+            log.error("%s cannot be written: %s", run_dir.status, error.strerror)
 
 
 def _end(code: int) -> str:
