@@ -81,8 +81,14 @@ def sshd_command(public_keys: str, folder: Path, port: int = 22) -> list[str] | 
         "PermitRootLogin": "prohibit-password",
         "AllowAgentForwarding": "no",
         "X11Forwarding": "no",
+        # Keys alone decide; and scp speaks sftp.
+        "UsePAM": "no",
+        "Subsystem": "sftp internal-sftp",
     }
-    return [SSHD, "-D", "-e", *(f"-o{name}={value}" for name, value in options.items())]
+    # A file of its own: what the image's says does not matter.
+    config = own / "sshd_config"
+    config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+    return [SSHD, "-D", "-e", "-f", str(config)]
 
 
 def is_mounted(folder: Path) -> bool:
