@@ -60,7 +60,8 @@ COPY --from=dependencies /opt/venv /opt/venv
 # The code lies in /opt, because the volume hides /workspace. It is compiled here and nothing is written beside it later,
 # so it works on a read-only root too.
 COPY . /opt/hybrid_vit_cascade
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/hybrid_vit_cascade/app
+RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/hybrid_vit_cascade/app \
+    && install -m 644 /opt/hybrid_vit_cascade/docker/profile.sh /etc/profile.d/hybrid_vit_cascade.sh
 
 # NVIDIA_DRIVER_CAPABILITIES: utility is NVML, for the gpu/ curves.
 # NVIDIA_DISABLE_REQUIRE: the base image refuses drivers that would work; the trainer checks for itself.

@@ -22,8 +22,6 @@ from pathlib import Path
 from types import FrameType
 
 from app.config import Config, PodConfig
-from app.data.cache import CASE_FILE
-from app.data.sources import find_sources
 from app.env import Environment, child_environment
 from app.errors import AppError, CrashBudgetError, DataError, LockError, MachineError, Stopped
 from app.ops.crash_budget import BUDGET, Attempts
@@ -258,6 +256,9 @@ def _end(code: int) -> str:
 
 
 def _has_data(folder: Path) -> bool:
+    # Imported late: reading volumes takes libraries that every start would wait for.
+    from app.data.sources import find_sources
+
     try:
         found = find_sources(folder)
     except FileNotFoundError:
@@ -269,6 +270,8 @@ def _has_data(folder: Path) -> bool:
 
 def _has_cases(cache: Path) -> bool:
     """Whether some prepared case is in the cache, which is enough to train."""
+    from app.data.cache import CASE_FILE
+
     return any(cache.glob(f"*/{CASE_FILE}"))
 
 
