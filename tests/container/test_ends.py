@@ -100,7 +100,8 @@ def test_a_workspace_that_fills_up_leaves_whole_files(image: str, size: int) -> 
     """On a small disk: a message that names the full disk, a container that stays, and every checkpoint verifies."""
     disk = ("--mount", f"type=tmpfs,destination=/workspace,tmpfs-size={size}", "--volume", f"{TINY}:/etc/tiny.yaml:ro")
     with Container(env={"CONFIG": "/etc/tiny.yaml"}, options=disk) as container:
-        container.wait_for_log("No space left on device")
+        container.wait_for_log("No space left on device. The checkpoints so far are whole")
+        assert_parked(container, starts=1)
+        assert "exit status 69" in container.logs()
         listing = container.run("python", "-m", "app", "checkpoints", check=False)
         assert "DAMAGED" not in listing
-        assert container.state()["Running"]
