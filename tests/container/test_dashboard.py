@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.chromium import Browser
+from tests.conftest import TINY
 from tests.container.engine import Container
 from tests.container.test_browser import CURVES
 from tests.runs import RUN
@@ -23,8 +24,6 @@ PORT = 6006
 @pytest.fixture(scope="module")
 def trained(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     """A container with a password whose run is finished."""
-    from tests.conftest import TINY
-
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(TINY.read_text())
     env = {"CONFIG": "/workspace/tiny.yaml", "DASHBOARD_PASSWORD": PASSWORD}
@@ -73,5 +72,7 @@ def test_a_generated_password_is_printed_once_and_opens_the_door(workspace: Path
         container.wait_for(lambda: container.get("/healthz")[0] == 200, "/healthz")
         given = {"Authorization": "Basic " + base64.b64encode(f":{password}".encode()).decode()}
         assert container.get("/status", given)[0] == 200
+        mode, owner = container.run("stat", "-c", "%a %U", "/run/hybrid_vit_cascade.password").split()
+        assert (mode, owner) == ("600", "root")
         written = [path for path in workspace.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
         assert written == []

@@ -27,7 +27,7 @@ def run(image: str, *arguments: str) -> tuple[int, str]:
 def test_the_image_holds_the_tracked_code_and_nothing_else(image: str) -> None:
     """Neither the tests nor what lies about in a working tree."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    starts = ("docker/entrypoint.sh", "docker/supervisord.conf", "requirements.txt")
+    starts = ("docker/entrypoint.sh", "docker/profile.sh", "docker/supervisord.conf", "requirements.txt")
     expected = {name for name in tracked if name.startswith(("app/", "configs/")) or name in starts}
     _, output = run(image, "bash", "-c", f"cd {CODE} && find . -type f -not -name '*.pyc'")
     assert {line.removeprefix("./") for line in output.split()} == expected
