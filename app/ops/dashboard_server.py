@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = 256
 """Connections that are served at a time; the training beside them must not run out of memory."""
-IDLE_S = 60.0
+IDLE_S = 30.0
 """Seconds without a byte after which a connection is dropped."""
 BACKLOG = 128
 
@@ -58,7 +58,9 @@ class Server(ThreadedWSGIServer):
             log.error("a connection ended by %s", type(error).__name__)
 
     def log(self, type: str, message: str, *args: Any) -> None:
-        """Werkzeug's messages hold requests, queries and all: dropped. The guard logs what breaks behind it."""
+        """Werkzeug's messages may hold the query: that something broke is logged, not what."""
+        if type == "error":
+            log.error("a page broke while it was sent")
 
 
 class RequestHandler(WSGIRequestHandler):
