@@ -156,8 +156,8 @@ def _split_token(request: Request) -> tuple[str | None, str]:
 
 
 def _address(path: str, query: str) -> str:
-    """The address on this server; `//elsewhere/` must not become another server's."""
-    safe = "/" + quote(path.lstrip("/"), safe="/:@!$&'()*+,;=~")
+    """The address on this server: werkzeug's path begins with one slash, and a quoted backslash is none."""
+    safe = quote(path, safe="/:@!$&'()*+,;=~")
     return f"{safe}?{quote(query, safe='%/:@!$&()*+,;=~?')}" if query else safe
 
 
