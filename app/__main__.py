@@ -92,15 +92,19 @@ def _runpod_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = parser().parse_args(words)
+    except SystemExit as wrong:
+        if words[:1] == ["supervise"] and wrong.code:
+            return _park("wrong arguments, see above")
+        raise
     try:
         env = Environment.read()
         setup_logging(Workspace(env.workspace).logs if arguments.command == "train" else None, env)
     except AppError as error:
         if arguments.command == "supervise":
-            from app.ops.supervise import park
-
-            return park(str(error))
+            return _park(str(error))
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     sys.excepthook = _log_crash
@@ -184,7 +188,17 @@ def _volume_problem(error: BaseException | None) -> OSError | None:
 def _supervise(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.supervise import supervise
 
-    return supervise(env, _train_arguments(arguments), arguments.runtime)
+    try:
+        return supervise(env, _train_arguments(arguments), arguments.runtime)
+    except OSError as error:
+        return _park(f"cannot start: {error}")
+
+
+def _park(problem: str) -> int:
+    """A container that cannot start stays, because whatever leaves is started again, for ever."""
+    from app.ops.supervise import park
+
+    return park(problem)
 
 
 def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:

@@ -76,7 +76,7 @@ def refusal_key(config: Config, stages: Sequence[str], run_dir: RunDir, data: Pa
     files = [path for _, _, path in run_dir.checkpoints()]
     folders = sorted(data.iterdir()) if data.is_dir() else []
     for path in [*files, *folders]:
-        state = path.stat()
+        state = path.lstat()
         digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

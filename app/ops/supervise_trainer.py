@@ -116,6 +116,8 @@ class Supervision:
             code = self._to_an_end(config, workspace, run_dir)
         except AppError as error:
             code = _refused(run_dir, error)
+        except OSError as error:
+            code = _refused(run_dir, MachineError(f"{error.filename or workspace.root}: {error.strerror}"))
         if not self.stop():
             if code != 0:
                 _mark_refused(run_dir, code)

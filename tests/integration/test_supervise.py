@@ -269,6 +269,28 @@ def test_a_container_that_cannot_start_is_parked(
     assert container.stop()[0] == 143
 
 
+def test_wrong_arguments_park_the_container(start: Callable[..., Container]) -> None:
+    """An unknown option is said once, with the usage."""
+    container = start("--epoch", "3")
+    container.says("unrecognized arguments: --epoch 3")
+    container.says("this container waits to be stopped")
+    assert container.stop()[0] == 143
+
+
+def test_without_supervisord_the_state_is_saved_and_the_container_leaves(start: Callable[..., Container]) -> None:
+    """It was killed: its orphans are stopped in order, and the exit code asks for another start."""
+    container = start(*LONG)
+    container.until(lambda: len(manifest(container.workspace / RUN)) > 2)
+    trainer = container.trainer()
+    os.kill(int((container.runtime / "supervisord.pid").read_text()), signal.SIGKILL)
+    assert container.process.wait(10) == 69
+    container.close()
+    assert "supervisord ended with -9, which it never should" in container.output
+    assert trainer not in processes()
+    log = (container.workspace / "hybrid_vit_cascade/logs/train.log").read_text()
+    assert "the state is saved" in log
+
+
 def test_crashes_without_progress_end_in_a_refusal_that_stands(start: Callable[..., Container]) -> None:
     """Counted across containers; 71 with REASON; refused again until REASON goes, then the budget is whole again."""
     container = start(*LONG, command="supervise-trainer")

@@ -127,6 +127,9 @@ def test_a_refusal_stands_until_something_changes(run_dir, tmp_path, error):
     (data / "patient-1").mkdir()
     assert standing_refusal(run_dir, refusal_key(config, (), run_dir, data)) is None
     (data / "patient-1").rmdir()
+    (data / "link to nothing").symlink_to("nowhere")
+    assert standing_refusal(run_dir, refusal_key(config, (), run_dir, data)) is None
+    (data / "link to nothing").unlink()
     commit(run_dir, "stage_8", 1, 4)
     assert standing_refusal(run_dir, refusal_key(config, (), run_dir, data)) is None
 
