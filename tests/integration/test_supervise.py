@@ -149,10 +149,10 @@ def pending(pid: int, number: signal.Signals) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
-def test_sigterm_saves_and_ends_all_in_time_then_it_resumes_and_stays_finished(
+def test_sigterm_saves_and_ends_all_in_time_and_a_finished_run_stays_finished(
     start: Callable[..., Container], tmp_path: Path
 ) -> None:
-    """143 within 5 s and nothing left; the next start resumes, finishes and stays; the one after that needs no GPU."""
+    """143 within 5 s and nothing left; a run that ends keeps its dashboard, and its next start needs no GPU."""
     first = start(*LONG)
     run = first.workspace / RUN
     first.until(lambda: len(manifest(run)) > 2)
@@ -170,14 +170,15 @@ def test_sigterm_saves_and_ends_all_in_time_then_it_resumes_and_stays_finished(
     assert f"step {saved['step']};" in stopped_at
 
     # The length of a stage is a scientific setting, so the short run is another one.
-    second = start("--set", "run_name=short")
+    short = ("--set", "run_name=short", "--set", "stages.*.epochs=1")
+    second = start(*short)
     second.says("exit code 0. The dashboard stays up.")
     assert "finished: all stages are trained" in second.output
     second.until(lambda: "exited: trainer (exit status 0; expected)" in second.output)
     assert second.healthy()
     assert second.stop()[0] == 143
 
-    third = start("--set", "run_name=short", "--set", "compute.device=cuda", command="supervise-trainer")
+    third = start(*short, "--set", "compute.device=cuda", command="supervise-trainer")
     assert third.process.wait(30) == 0
     third.close()
     assert "finished before: all stages are trained; not started again" in third.output
