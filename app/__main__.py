@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from app.env import Environment
-from app.errors import AppError, ConfigError, Stopped
+from app.errors import AppError, ConfigError, LockError, MachineError, Stopped
 from app.log import setup_logging
-from app.workspace import RunDir, Workspace, atomic_write
+from app.workspace import RunDir, Workspace
+
+if TYPE_CHECKING:
+    from app.config import Config
 
 log = logging.getLogger("app")
 
@@ -24,8 +31,8 @@ environment:
   RUN_NAME    overrides run_name of the config
 
 exit codes:
-  0 finished    65 bad data    69 machine    70 not finite    74 checkpoint refused
-  75 run folder in use    78 bad configuration    143 stopped by a signal, state saved
+  0 finished    65 bad data    69 machine    70 not finite    71 crash budget used up
+  74 checkpoint refused    75 run folder in use    78 bad configuration    143 stopped by a signal, state saved
 """
 
 
@@ -40,9 +47,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = _command(commands, "train", _train, "train the cascade, or go on where it was")
-    train.add_argument(
-        "--stages", nargs="+", default=[], metavar="STAGE", help="train these only, such as stage_64 (default: all)"
-    )
+    supervise = _command(commands, "supervise", _supervise, "run trainer and dashboard; PID 1 of a container")
+    _add_runtime(supervise)
+    keep = _command(commands, "supervise-trainer", _supervise_trainer, "train, again after a crash, within a budget")
+    keep.add_argument("--pid-file", type=Path, metavar="FILE", help="where the trainer's process number stands")
+    for command in (train, supervise, keep):
+        command.add_argument(
+            "--stages", nargs="+", default=[], metavar="STAGE", help="train these only, such as stage_64 (default: all)"
+        )
     prepare = _command(commands, "prepare", _prepare, "read the CTs of the data folder into the cache")
     prepare.add_argument("--show-names", action="store_true", help="print file names beside the pseudonyms")
     status = _command(commands, "status", _status, "stage, epoch, step, losses, ETA, last checkpoint")
@@ -50,16 +62,49 @@ def parser() -> argparse.ArgumentParser:
     _command(commands, "checkpoints", _checkpoints, "list and verify the checkpoints, name the one to resume from")
     export = _command(commands, "export", _export, "write all finished stages into one file for use elsewhere")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as cascade.pt")
+    summary = "serve TensorBoard over all runs, and /status, behind a password"
+    dashboard = commands.add_parser("dashboard", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    dashboard.set_defaults(run=_dashboard)
+    _add_runtime(dashboard)
+    _runpod_commands(commands)
     return top
+
+
+def _add_runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runtime", type=Path, default=Path("/run"), metavar="DIR", help="for passwords and the like (default: /run)"
+    )
+
+
+def _runpod_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    template = commands.add_parser("runpod-template", help="create the RunPod template, or name its image")
+    template.set_defaults(run=_runpod_template)
+    template.add_argument("--file", type=Path, default=Path("docker/runpod-template.json"), metavar="FILE")
+    template.add_argument("--pin", metavar="IMAGE@DIGEST", help="write this image into the file and do nothing else")
+    watch = commands.add_parser("runpod-watch", help="start a pod again if it was taken away; for cron, at a desk")
+    watch.set_defaults(run=_runpod_watch)
+    watch.add_argument("pod", metavar="POD_ID")
+    watch.add_argument("--max-starts", type=int, default=20, metavar="N", help="in all, counted in the ledger (20)")
+    watch.add_argument("--max-usd-per-hour", type=float, required=True, metavar="USD", help="a dearer pod is left")
+    ledger = Path.home() / ".local/state/hybrid_vit_cascade/runpod-watch.jsonl"
+    watch.add_argument("--ledger", type=Path, default=ledger, metavar="FILE", help=f"of starts ({ledger})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = parser().parse_args(words)
+    except SystemExit as wrong:
+        if words[:1] == ["supervise"] and wrong.code:
+            return _park("wrong arguments, see above")
+        raise
     try:
         env = Environment.read()
         setup_logging(Workspace(env.workspace).logs if arguments.command == "train" else None, env)
     except AppError as error:
+        if arguments.command == "supervise":
+            return _park(str(error))
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     sys.excepthook = _log_crash
@@ -98,6 +143,7 @@ def _command(
 def _train(arguments: argparse.Namespace, env: Environment) -> int:
     from app.cascade import train
     from app.config_file import load_config
+    from app.ops.refusal import leave_reason
     from app.ops.signals import StopSignal
 
     stop = StopSignal()
@@ -111,8 +157,92 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
         log.info("%s; the same command goes on from here", error)
         return error.exit_code
     except AppError as error:
-        _leave_reason(run_dir or workspace.run_dir(env.run_name), error)
+        # With the lock held by another process, the folder is that process's to write in.
+        if not isinstance(error, LockError):
+            leave_reason(run_dir or workspace.run_dir(env.run_name), error)
         raise
+    except (OSError, RuntimeError) as error:
+        full = _volume_problem(error)
+        if full is None:
+            raise
+        problem = MachineError(
+            f"{workspace.root}: {full.strerror}. The checkpoints so far are whole. Make room or mount a larger volume, "
+            "then run the same command: it goes on from the last of them"
+        )
+        leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
+        raise problem from error
+    return 0
+
+
+def _volume_problem(error: BaseException | None) -> OSError | None:
+    """The error of a full or read-only volume that is behind `error`; torch wraps it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _supervise(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.supervise import supervise
+
+    try:
+        return supervise(env, _train_arguments(arguments), arguments.runtime)
+    except OSError as error:
+        return _park(f"cannot start: {error}")
+
+
+def _park(problem: str) -> int:
+    """A container that cannot start stays, because whatever leaves is started again, for ever."""
+    from app.ops.supervise import park
+
+    return park(problem)
+
+
+def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.config_file import load_config
+    from app.ops.supervise_trainer import StopRequest, Supervision
+
+    def load() -> Config:
+        return load_config(_config_path(arguments, env), arguments.overrides, env)
+
+    return Supervision(
+        load_config=load,
+        train_arguments=_train_arguments(arguments),
+        stages=arguments.stages,
+        env=env,
+        stop=StopRequest(),
+        pid_file=arguments.pid_file,
+    ).run()
+
+
+def _train_arguments(arguments: argparse.Namespace) -> list[str]:
+    """The command line of `train` that means the same."""
+    parts = [] if arguments.config is None else ["--config", arguments.config]
+    for text in arguments.overrides:
+        parts += ["--set", text]
+    return [*parts, "--stages", *arguments.stages] if arguments.stages else parts
+
+
+def _runpod_template(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.pod import api_of
+    from app.ops.runpod import create_template, pin_image
+
+    if arguments.pin is not None:
+        pin_image(arguments.file, arguments.pin)
+        print(f"{arguments.file}: the image is {arguments.pin}")
+    else:
+        print(f"template {create_template(arguments.file, api_of(env))} was created")
+    return 0
+
+
+def _runpod_watch(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.pod import api_of
+    from app.ops.runpod import watch
+
+    print(watch(api_of(env), arguments.pod, arguments.max_starts, arguments.max_usd_per_hour, arguments.ledger))
     return 0
 
 
@@ -165,6 +295,14 @@ def _export(arguments: argparse.Namespace, env: Environment) -> int:
     return 0
 
 
+def _dashboard(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.dashboard import serve
+    from app.ops.signals import StopSignal
+
+    serve(Workspace(env.workspace), env, arguments.runtime, StopSignal())
+    return 0
+
+
 def _run_dir(arguments: argparse.Namespace, env: Environment) -> RunDir:
     """The run that a config names, or RUN_NAME, or the run without a name."""
     workspace = Workspace(env.workspace)
@@ -182,15 +320,17 @@ def _config_path(arguments: argparse.Namespace, env: Environment) -> str:
     return path
 
 
-def _leave_reason(run_dir: RunDir, error: AppError) -> None:
-    """A file beside the checkpoints that says why the run ended and what to do."""
-    if run_dir.path.is_dir():
-        text = f"exit code {error.exit_code}\n{error}\n"
-        try:
-            atomic_write(run_dir.reason, text.encode())
-        except OSError as reason:
-            log.error("%s cannot be written: %s", run_dir.reason, reason.strerror)
+def _leave_stopped() -> None:
+    """Leave without taking the interpreter down: with torch in it that takes seconds, and a stopped pod has five."""
+    logging.shutdown()
+    sys.stdout.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(Stopped.exit_code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == Stopped.exit_code:
+        _leave_stopped()
+    sys.exit(exit_code)

@@ -291,6 +291,15 @@ class WandbConfig(Section):
     """User or team; null is the default of the API key."""
 
 
+class PodConfig(Section):
+    """What a rented pod does when the run has finished or was refused."""
+
+    on_finish: Literal["auto", "keep", "stop"] = operational("auto")
+    """`stop` stops the pod through RunPod's API, `keep` leaves it running; `auto` stops on a RunPod pod only."""
+    grace_minutes: float = operational(30.0, ge=0, le=10_000)
+    """The dashboard stays up this long before the pod is stopped."""
+
+
 class Config(Section):
     """A run."""
 
@@ -316,6 +325,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     compute: ComputeConfig = ComputeConfig()
     wandb: WandbConfig = WandbConfig()
+    pod: PodConfig = PodConfig()
 
     @model_validator(mode="after")
     def _stages_ascend(self) -> Self:

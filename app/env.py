@@ -14,7 +14,11 @@ from app.errors import ConfigError
 PLACEHOLDER = re.compile(r"\s*\{\{.*\}\}\s*", re.DOTALL)
 SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$|^NOTIFY_URL$")
 SHORTEST_SECRET = 4
+DASHBOARD_AUTHS = ("password", "none")
+LARGEST_PORT = 65535
 WANDB_MODES = ("online", "offline", "disabled")
+SHELL_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "RUNPOD_DC_ID")
+"""Besides our own, what a shell by SSH gets of the container's environment."""
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -34,8 +38,26 @@ VARIABLES = (
     Variable("CONFIG", "", "Config file for commands that are called without `--config`."),
     Variable("RUN_NAME", "", "Overrides `run_name` of the config file: the folder below `checkpoints/`."),
     Variable("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR."),
+    Variable(
+        "DASHBOARD_PASSWORD",
+        "",
+        "Password of the dashboard, for any user name. Without one it is generated and printed in the log wherever the "
+        "dashboard can be reached from other machines.",
+    ),
+    Variable(
+        "DASHBOARD_AUTH",
+        "password",
+        "`none` asks for no password and answers only at localhost addresses; a password that is set is asked anyway.",
+    ),
+    Variable("DASHBOARD_HOST", "127.0.0.1", "Address that the dashboard listens on; the image sets 0.0.0.0."),
+    Variable("PORT", "6006", "Port of the dashboard."),
     Variable("WANDB_API_KEY", "", "Turns Weights & Biases on. A secret: it appears in no log and no file."),
     Variable("WANDB_MODE", "", "online, offline (writes into the run folder, needs no key) or disabled."),
+    Variable(
+        "PUBLIC_KEY", "", "SSH public keys, a line each: turns the container's SSH server on, for these keys only."
+    ),
+    Variable("RUNPOD_POD_ID", "", "Set by RunPod: the container runs on this pod, which `pod.on_finish` may stop."),
+    Variable("RUNPOD_API_KEY", "", "Set by RunPod: stops the pod. At a desk: your key for the scripts. A secret."),
 )
 
 
@@ -71,8 +93,15 @@ class Environment:
     config: str | None
     run_name: str | None
     log_level: str
+    dashboard_password: Secret | None
+    dashboard_auth: str
+    dashboard_host: str
+    port: int
     wandb_api_key: Secret | None
     wandb_mode: str | None
+    public_key: str | None
+    runpod_pod_id: str | None
+    runpod_api_key: Secret | None
     secrets: tuple[Secret, ...]
     """Values of all variables whose names say that they are secret, ours or not; logs hide them."""
     warnings: tuple[str, ...]
@@ -93,13 +122,22 @@ class Environment:
         ]
         values = {variable.name: _value(environ, variable) for variable in VARIABLES}
         key = values["WANDB_API_KEY"]
+        password = values["DASHBOARD_PASSWORD"]
+        runpod_key = values["RUNPOD_API_KEY"]
         return cls(
             workspace=Path(values["WORKSPACE"] or ""),
             config=values["CONFIG"],
             run_name=values["RUN_NAME"],
             log_level=_one_of("LOG_LEVEL", values["LOG_LEVEL"] or "", LOG_LEVELS),
+            dashboard_password=None if password is None else Secret(password),
+            dashboard_auth=_one_of("DASHBOARD_AUTH", values["DASHBOARD_AUTH"] or "", DASHBOARD_AUTHS),
+            dashboard_host=values["DASHBOARD_HOST"] or "",
+            port=_port(values["PORT"] or ""),
             wandb_api_key=None if key is None else Secret(key),
             wandb_mode=values["WANDB_MODE"] and _one_of("WANDB_MODE", values["WANDB_MODE"], WANDB_MODES),
+            public_key=values["PUBLIC_KEY"],
+            runpod_pod_id=values["RUNPOD_POD_ID"],
+            runpod_api_key=None if runpod_key is None else Secret(runpod_key),
             secrets=_secrets(environ),
             warnings=tuple(warnings),
         )
@@ -110,6 +148,19 @@ class Environment:
         if self.wandb_mode == "disabled":
             return False
         return self.wandb_api_key is not None or self.wandb_mode == "offline"
+
+
+def child_environment(added: Mapping[str, str]) -> dict[str, str]:
+    """What a child process gets: this process's variables, the defaults of ours that are unset, and `added`."""
+    defaults = {variable.name: variable.default for variable in VARIABLES if variable.default}
+    return {**defaults, **os.environ, **added}
+
+
+def shell_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that a shell by SSH needs to work as the container does; all others stay where they are."""
+    environ = os.environ if environ is None else environ
+    allowed = [*(variable.name for variable in VARIABLES), *SHELL_VARIABLES]
+    return {name: environ[name] for name in allowed if environ.get(name, "").strip()}
 
 
 def _is_placeholder(text: str) -> bool:
@@ -134,6 +185,12 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"environment variable {name}: expected one of {', '.join(choices)}, found {value!r}")
     return value
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= LARGEST_PORT):
+        raise ConfigError(f"environment variable PORT: expected a number from 1 to {LARGEST_PORT}, found {text!r}")
+    return int(text)
 
 
 def _secrets(environ: Mapping[str, str]) -> tuple[Secret, ...]:

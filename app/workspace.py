@@ -97,6 +97,16 @@ class RunDir:
         """Why the run ended other than by finishing, and what to do."""
         return self.path / "REASON"
 
+    @property
+    def refusal(self) -> Path:
+        """What the refusal in REASON was about, for the next start to see whether it still stands."""
+        return self.path / "REASON.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Starts and ends of the supervised trainer, a line each."""
+        return self.path / "attempts.jsonl"
+
     def ensure(self) -> None:
         """Creates the folder, or raises MachineError."""
         _ensure_folder(self.path)

@@ -116,3 +116,28 @@ def assert_same_state(one: Path, other: Path) -> None:
         for payload in (first, second)
     ]
     assert counters[0] == counters[1]
+
+
+def assert_same_run(interrupted: Path, uninterrupted: Path) -> None:
+    """Final, best and periodic checkpoints are bit-identical, and every curve has each step once with its value."""
+    names = sorted(path.name for path in uninterrupted.glob("stage_*.pt") if "last" not in path.name)
+    assert names
+    for name in names:
+        assert_same_state(interrupted / name, uninterrupted / name)
+    expected, found = series(uninterrupted), series(interrupted)
+    assert found.keys() == expected.keys()
+    for tag, points in found.items():
+        steps = [step for step, _ in points]
+        assert steps == [step for step, _ in expected[tag]], tag
+        assert len(set(steps)) == len(steps), tag
+    assert without_wall_clock(found) == without_wall_clock(expected)
+
+
+def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:
+    """Whether a save of this step or a later one was committed."""
+    return lambda: any(line["stage"] == stage and line["step"] >= step for line in manifest(run))
+
+
+def has_kind(run: Path, stage: str, kind: str) -> Callable[[], bool]:
+    """Whether a file of this kind was committed."""
+    return lambda: any(line["stage"] == stage and line["kind"] == kind for line in manifest(run))

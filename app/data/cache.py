@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -151,8 +152,11 @@ class Cache:
         temporary.mkdir()
         try:
             for name, array in arrays:
+                # Straight into a file, np.save reports a full disk without its error number.
+                whole = io.BytesIO()
+                np.save(whole, array)
                 with (temporary / name).open("wb") as file:
-                    np.save(file, array)
+                    file.write(whole.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
             entry = {"key_id": key_id, "case": asdict(record), "outcome": asdict(outcome)}

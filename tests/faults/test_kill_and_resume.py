@@ -5,16 +5,14 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.runs import RUN, assert_same_state, manifest, series, start, train, wait_until, without_wall_clock
+from tests.runs import RUN, assert_same_run, assert_same_state, has_kind, has_step, manifest, start, train, wait_until
 
 SAVE_SOMETIMES = ("--set", "checkpoint.save_every_s=0.15")
 """Several steps between two saves, so that a kill loses some."""
-STAGES = ("stage_8", "stage_16", "stage_32")
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +22,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, output = train(workspace, *SAVE_SOMETIMES)
     assert code == 0, output
     return workspace / RUN
-
-
-def assert_same_run(interrupted: Path, uninterrupted: Path) -> None:
-    """Final, best and periodic checkpoints are bit-identical, and every curve has each step once with its value."""
-    for stage in STAGES:
-        for path in sorted(uninterrupted.glob(f"{stage}_*.pt")):
-            if "last" not in path.name:
-                assert_same_state(interrupted / path.name, path)
-    expected, found = series(uninterrupted), series(interrupted)
-    assert found.keys() == expected.keys()
-    for tag, points in found.items():
-        steps = [step for step, _ in points]
-        assert steps == [step for step, _ in expected[tag]], tag
-        assert len(set(steps)) == len(steps), tag
-    assert without_wall_clock(found) == without_wall_clock(expected)
-
-
-def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:
-    """Whether a save of this step or a later one was committed."""
-    return lambda: any(line["stage"] == stage and line["step"] >= step for line in manifest(run))
-
-
-def has_kind(run: Path, stage: str, kind: str) -> Callable[[], bool]:
-    """Whether a file of this kind was committed."""
-    return lambda: any(line["stage"] == stage and line["kind"] == kind for line in manifest(run))
 
 
 def test_three_sigkills_leave_no_trace(tmp_path: Path, uninterrupted: Path) -> None:

@@ -1,0 +1,11 @@
+#!/bin/bash
+# The image's ENTRYPOINT. Without arguments or with `train ...`: training and dashboard under supervision. `bash`, `sh`: a
+# shell. Anything else: that command of the application, such as `status`.
+set -euo pipefail
+cd /opt/hybrid_vit_cascade
+
+case ${1:-train} in
+    train) exec python -m app supervise "${@:2}" ;;
+    bash | sh) exec "$@" ;;
+    *) exec python -m app "$@" ;;
+esac
