@@ -27,7 +27,7 @@ def test_the_layout_is_the_documented_one():
     names = {getattr(named, name).name for name, kind in vars(RunDir).items() if isinstance(kind, property)}
     assert names == {
         *("config.yaml", "tensorboard", "wandb", "split.json", "manifest.jsonl", "run.lock"),
-        *("status.json", "progress.png", "quarantine", "DONE", "REASON"),
+        *("status.json", "progress.png", "quarantine", "DONE", "REASON", "REASON.json", "attempts.jsonl"),
     }
 
 
