@@ -91,7 +91,6 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
         log.info("prepared cases:\n%s", report.table())
         store = CaseStore.open(config, workspace)
         split = split_patients(store, config, run_dir)
-        atomic_write(run_dir.config, resolved_yaml(config.without_paths()).encode())
         _Run(config, workspace, env, stop, run_dir, status, store, split, device).train(only)
 
 
@@ -126,6 +125,7 @@ class _Run:
             self._take_over(self.config.init_from)
         point = find_resume_point(self.config, self.checkpoints)
         precision = self._precision(point)
+        atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
         if point.stage is None:
             log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
             self._finish()
