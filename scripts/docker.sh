@@ -52,7 +52,7 @@ start_engine() {
 use_docker() {
     # The classic builder is in every engine; BuildKit's client is a plugin that may be missing.
     export DOCKER_BUILDKIT=0
-    install_missing dockerd:docker.io docker-compose debootstrap iptables chromium
+    install_missing dockerd:docker.io docker-compose debootstrap iptables chromium ssh:openssh-client rsync
     if engine_answers; then
         return
     fi
