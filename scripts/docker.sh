@@ -27,13 +27,15 @@ install_missing() {
 }
 
 stop_engine() {
-    kill "$ENGINE_PID" 2>/dev/null && wait "$ENGINE_PID"
+    kill "$ENGINE_PID" 2>/dev/null || true
+    wait "$ENGINE_PID" || true
 }
 
 start_engine() {
     [[ $EUID == 0 ]] || fail "no Docker engine answers, and starting one needs root: start yours"
     mkdir -p "$DOCKER_HOME"
-    dockerd --data-root "$DOCKER_HOME/data" --exec-root "$DOCKER_HOME/run" --pidfile "$DOCKER_HOME/dockerd.pid" \
+    # In a session of its own, so that Ctrl-C lets the tests take their containers down first.
+    setsid dockerd --data-root "$DOCKER_HOME/data" --exec-root "$DOCKER_HOME/run" --pidfile "$DOCKER_HOME/dockerd.pid" \
         --host "$DOCKER_HOST" >"$DOCKER_HOME/dockerd.log" 2>&1 &
     ENGINE_PID=$!
     trap stop_engine EXIT
@@ -50,7 +52,7 @@ start_engine() {
 use_docker() {
     # The classic builder is in every engine; BuildKit's client is a plugin that may be missing.
     export DOCKER_BUILDKIT=0
-    install_missing dockerd:docker.io docker-compose debootstrap iptables chromium
+    install_missing dockerd:docker.io docker-compose debootstrap iptables chromium ssh:openssh-client rsync
     if engine_answers; then
         return
     fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -34,26 +35,31 @@ def main() -> None:
         config["data"]["phantoms"]["count"] = 8
         config["checkpoint"]["save_every_s"] = 0.001
         (workspace / "demo.yaml").write_text(yaml.safe_dump(config))
-        first_step_s(workspace)
+        start_and_stop(workspace)
         fresh = []
         for _ in range(STARTS):
             shutil.rmtree(workspace / RUN)
-            fresh.append(first_step_s(workspace))
-        resumed = [first_step_s(workspace) for _ in range(STARTS)]
+            fresh.append(start_and_stop(workspace))
+        resumed = [start_and_stop(workspace) for _ in range(STARTS)]
     print("from `docker create` to the saved first training step of the demo, cases prepared, files in memory:")
-    print(f"  a new run, which validates first: {', '.join(f'{seconds:.1f}' for seconds in fresh)} s")
-    print(f"  a resumed run: {', '.join(f'{seconds:.1f}' for seconds in resumed)} s")
+    print(f"  a new run, which validates first: {listed(start for start, _ in fresh)} s")
+    print(f"  a resumed run: {listed(start for start, _ in resumed)} s")
+    print(f"`docker stop` during training: {listed(stop for _, stop in fresh + resumed)} s")
 
 
-def first_step_s(workspace: Path) -> float:
-    """Seconds from the start of a container to the commit of the state after its first step."""
+def listed(values: Iterable[float]) -> str:
+    """Numbers for people."""
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+def start_and_stop(workspace: Path) -> tuple[float, float]:
+    """Seconds from the start of a container to the commit of the state after its first step, and those of its stop."""
     before = newest_step(workspace / RUN)
     started = time.monotonic()
     with Container(workspace=workspace, env={"CONFIG": "/workspace/demo.yaml"}) as container:
         container.wait_for(lambda: newest_step(workspace / RUN) > before, "the first step", 300, every_s=0.02)
         seconds = time.monotonic() - started
-        container.stop(10)
-    return seconds
+        return seconds, container.stop(10)
 
 
 def newest_step(run: Path) -> int:

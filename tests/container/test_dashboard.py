@@ -17,7 +17,8 @@ from tests.runs import RUN
 
 PASSWORD = "correct horse battery staple"
 AUTHORIZATION = {"Authorization": "Basic " + base64.b64encode(f"any:{PASSWORD}".encode()).decode()}
-LISTENING = "0A"
+LISTENING, LOOPBACK = "0A", "0100007F"
+"""As /proc/net/tcp writes them."""
 PORT = 6006
 
 
@@ -35,14 +36,8 @@ def trained(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Co
 
 def test_only_the_dashboard_listens(trained: Container) -> None:
     """Port 6006 is the only one that another machine can reach; TensorBoard's own data server stays on loopback."""
-    reachable, local = set(), set()
-    for row in trained.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines():
-        fields = row.split()
-        if fields[3] == LISTENING:
-            address, _, port = fields[1].partition(":")
-            (local if address == "0100007F" else reachable).add(int(port, 16))
-    assert reachable == {PORT}
-    assert len(local) <= 1
+    assert reachable_ports(trained) == {PORT}
+    assert len(listening(trained) - {PORT}) <= 1
 
 
 def test_nothing_but_health_without_the_password(trained: Container) -> None:
@@ -76,3 +71,15 @@ def test_a_generated_password_is_printed_once_and_opens_the_door(workspace: Path
         assert (mode, owner) == ("600", "root")
         written = [path for path in workspace.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
         assert written == []
+
+
+def listening(container: Container, local: bool = True) -> set[int]:
+    """The TCP ports that something in a container listens on; without those of its loopback where asked."""
+    rows = [row.split() for row in container.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()]
+    addresses = [fields[1].split(":") for fields in rows if fields[3] == LISTENING]
+    return {int(port, 16) for address, port in addresses if local or address != LOOPBACK}
+
+
+def reachable_ports(container: Container) -> set[int]:
+    """The TCP ports of a container that another machine can reach."""
+    return listening(container, local=False)

@@ -89,10 +89,13 @@ def times(run: Path) -> dict[str, int]:
 
 
 def test_a_read_only_workspace_is_named(workspace: Path) -> None:
-    """A message that says what to mount, no restart loop."""
+    """A message that says what to mount, exit code 69 once, and a container that stays."""
     with Container(env=CONFIG, options=("--volume", f"{workspace}:/workspace:ro")) as container:
-        container.wait_for_log("cannot write in /workspace")
         container.wait_for_log("Mount a writable volume there")
+        assert_parked(container, starts=1)
+        assert "cannot write in /workspace" in container.logs()
+        assert "exit status 69" in container.logs()
+    assert [path.name for path in workspace.iterdir()] == ["tiny.yaml"]
 
 
 @pytest.mark.parametrize("size", [400_000, 3_000_000], ids=["preparing", "training"])
