@@ -15,7 +15,7 @@ def exit_notice(expected: bool, url: str) -> str:
         url: where TensorBoard is.
     """
     if expected:
-        return f"The trainer has ended; its last lines say why. TensorBoard stays on {url} until Ctrl-C."
+        return f"The trainer has ended; its last lines say why. TensorBoard stays on {url}."
     return "The trainer ended unexpectedly and is started again from its last checkpoint."
 
 
