@@ -70,7 +70,7 @@ def test_an_empty_data_folder_waits_for_cts(workspace: Path) -> None:
 def test_a_finished_run_does_not_train_again(workspace: Path) -> None:
     """Restarted: it says so and serves its curves."""
     with Container("train", "--stages", "stage_8", workspace=workspace, env=CONFIG) as container:
-        container.wait_for_log("is left out")
+        container.wait_for_log("finished: --stages stage_8")
     with Container(workspace=workspace, env=CONFIG) as container:
         container.wait_for((workspace / RUN / "DONE").exists, "DONE", limit_s=180)
         before = times(workspace / RUN)

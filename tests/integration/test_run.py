@@ -383,7 +383,7 @@ def test_a_volume_that_refuses_to_be_written_is_named(tmp_path: Path) -> None:
         check=False,
     )
     assert process.returncode == 69, process.stderr
-    assert "cannot write stage_8_last.pt: File too large. The older checkpoints are whole; free some" in process.stderr
+    assert "cannot write stage_8_last.pt: File too large. The checkpoints so far are whole. Make room" in process.stderr
     assert "Traceback" not in process.stderr
     assert not list((tmp_path / RUN).glob("stage_*"))
 
