@@ -302,8 +302,8 @@ def _save(state: StageState, run: StageRun, kinds: list[str]) -> None:
         run.checkpoints.publish(state.stage.name, kinds, state.payload(), state.progress.counters)
     except OSError as error:
         raise MachineError(
-            f"cannot write {state.stage.name}_{kinds[0]}.pt: {error.strerror or error}. The checkpoints so far are whole. "
-            "Make room or mount a larger volume, then run the same command: it goes on from the last of them"
+            f"cannot write {state.stage.name}_{kinds[0]}.pt: {error.strerror or error}. The checkpoints so far are "
+            "whole. Make room or mount a larger volume, then run the same command: it goes on from the last of them"
         ) from error
     run.status(checkpoint=state.progress.step, checkpoint_file=f"{state.stage.name}_{kinds[0]}.pt")
 
