@@ -88,7 +88,8 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
         status = RunStatus(run_dir)
         status(state="preparing data")
         report = prepare(config, workspace, stop=stop)
-        log.info("prepared cases:\n%s", report.table())
+        if config.data.source == "ct":
+            log.info("prepared cases:\n%s", report.table())
         store = CaseStore.open(config, workspace)
         split = split_patients(store, config, run_dir)
         _Run(config, workspace, env, stop, run_dir, status, store, split, device).train(only)
