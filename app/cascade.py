@@ -30,7 +30,7 @@ from app.train.precision import Precision, choose_device, choose_precision
 from app.train.protocols import Stop
 from app.train.samples import StageCases
 from app.train.stage import StageRun, train_stage
-from app.workspace import RunDir, Workspace, atomic_write
+from app.workspace import RunDir, Workspace, atomic_write, remove_temporary_files
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class _Run:
 
     def train(self, only: Sequence[str]) -> None:
         """Find the resume point, rewind the curves to it, train what is left."""
-        self.checkpoints.remove_leftovers()
+        remove_temporary_files(self.run_dir.path)
         if self.config.init_from is not None:
             self._take_over(self.config.init_from)
         point = find_resume_point(self.config, self.checkpoints)

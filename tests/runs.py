@@ -141,3 +141,11 @@ def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:
 def has_kind(run: Path, stage: str, kind: str) -> Callable[[], bool]:
     """Whether a file of this kind was committed."""
     return lambda: any(line["stage"] == stage and line["kind"] == kind for line in manifest(run))
+
+
+def refused(workspace: Path, code: int, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """Train, expect this exit code and no traceback; the output."""
+    found, output = train(workspace, *arguments, env=env)
+    assert found == code, output
+    assert "Traceback" not in output
+    return output

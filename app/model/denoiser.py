@@ -99,7 +99,7 @@ class StageModel(nn.Module):
             lowres = lowres + noise_level[:, None, None, None, None] * lowres_noise
         volume = self._prior(xrays, views) if lowres is None else self._upsample(lowres)
         with torch.no_grad():
-            rays = [self._unproject(xrays, views, view, self.projector) for view in range(len(VIEWS))]
+            rays = [self._unproject(xrays, views, view) for view in range(len(VIEWS))]
         lifted = [
             self.lifter.unproject(self.encoder(self._scaled(xrays, view), view).float(), VIEWS[view])
             * views[:, view, None, None, None, None]
@@ -138,8 +138,8 @@ class StageModel(nn.Module):
     def _scaled(self, xrays: Tensor, view: int) -> Tensor:
         return xrays[:, view : view + 1] / XRAY_SCALE - 1.0
 
-    def _unproject(self, xrays: Tensor, views: Tensor, view: int, projector: Projector) -> Tensor:
-        lifted = projector.unproject(xrays[:, view : view + 1], VIEWS[view])
+    def _unproject(self, xrays: Tensor, views: Tensor, view: int) -> Tensor:
+        lifted = self.projector.unproject(xrays[:, view : view + 1], VIEWS[view])
         return (lifted / XRAY_SCALE - 1.0) * views[:, view, None, None, None, None]
 
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 
 from app.errors import CheckpointError
-from app.workspace import TEMPORARY, RunDir, atomic_file, epoch_kind, sync_folder
+from app.workspace import RunDir, atomic_file, epoch_kind, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -105,12 +105,6 @@ class CheckpointFolder:
     def __init__(self, run_dir: RunDir) -> None:
         """Open the folder of a run; nothing is read yet."""
         self.run_dir = run_dir
-
-    def remove_leftovers(self) -> None:
-        """Delete temporary files of a killed writer; only for the holder of the run lock."""
-        for path in self.run_dir.path.glob(".*.tmp"):
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink()
 
     def publish(self, stage: str, kinds: Sequence[str], payload: dict[str, Any], counters: Counters) -> None:
         """Write `payload` once for each kind, every file on blocks of its own.

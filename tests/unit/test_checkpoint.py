@@ -18,7 +18,7 @@ from app.errors import CheckpointError
 from app.train.checkpoint import CheckpointFolder, Counters, kinds_at_epoch_end
 from app.train.ema import tensors_hash
 from app.train.listing import checkpoint_table
-from app.workspace import RunDir
+from app.workspace import RunDir, remove_temporary_files
 
 STAGE = "stage_64"
 
@@ -241,7 +241,7 @@ def test_leftovers_of_a_killed_writer_are_removed(folder: CheckpointFolder) -> N
     mine = folder.run_dir.path / ".notes.tmp"
     torn.touch()
     mine.touch()
-    folder.remove_leftovers()
+    remove_temporary_files(folder.run_dir.path)
     assert not torn.exists()
     assert mine.exists()
 
