@@ -15,15 +15,17 @@ from app.config_file import resolved_yaml
 from app.data.cases import Case, CaseStore, Split, prepare, split_patients
 from app.env import Environment
 from app.errors import CheckpointError, ConfigError
+from app.ops.crash_budget import Attempts
 from app.ops.event_files import rewind
 from app.ops.layout import layout
 from app.ops.panels import validation_panel
 from app.ops.progress import ProgressPicture
 from app.ops.run_lock import RunLock
 from app.ops.status import RunStatus
+from app.ops.step_mark import StepMark, marked
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
-from app.tags import CONFIG, keep_before
+from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters
 from app.train.handover import Parents, measure_training_cases, new_state
 from app.train.precision import Precision, choose_device, choose_precision
@@ -134,6 +136,7 @@ class _Run:
         log.info("%s", describe(point))
         self._rewind(point)
         run_log = self._open_log()
+        self.mark = self._resume_marker(point, run_log)
         try:
             for stage in self._pending(point.stage, only):
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
@@ -144,6 +147,7 @@ class _Run:
                 self.status.close("finished")
                 log.info("finished: --stages %s", " ".join(only))
         finally:
+            self.mark.close()
             run_log.close(FOLLOWERS_ON_STOP_S if self.stop() else FOLLOWERS_AT_END_S)
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
@@ -202,6 +206,7 @@ class _Run:
                 draw=validation_panel,
                 status=self.status,
                 stop=self.stop,
+                mark=self.mark,
                 after_epoch=self._after_epoch,
                 first_global_step=self.config.first_global_step(stage),
             ),
@@ -249,6 +254,20 @@ class _Run:
         report = rewind(self.run_dir.tensorboard, keep)
         if report.files:
             log.info("curves: %d points beyond the checkpoint were taken back", report.dropped)
+
+    def _resume_marker(self, point: ResumePoint, run_log: RunLog) -> StepMark:
+        """Put into the record that, where and after what loss the run goes on; the mark of its steps from here."""
+        stage = point.stage or self.config.stages[-1]
+        here = self.config.first_global_step(stage) + point.counters.step
+        attempts = Attempts(self.run_dir)
+        before, reached = attempts.trained(), marked(self.run_dir.step_mark)
+        lost = max(0, (reached or 0) - here) if before else 0
+        attempts.trains(stage.name, point.counters.step, here, lost)
+        if before:
+            log.info("interruption %d of this run cost %d steps", len(before), lost)
+            run_log.scalars({INTERRUPTIONS: len(before), LOST_STEPS: sum(before) + lost}, here)
+            run_log.text(RESUMED, f"{describe(point)}; {lost} steps were lost", here)
+        return StepMark(self.run_dir.step_mark, here)
 
     def _open_log(self) -> RunLog:
         curves = TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s)

@@ -33,6 +33,13 @@ EPOCH_TAGS = (
 PHYSICS_WEIGHT = "physics_weight"
 VAL_PSNR = "val_psnr_db"
 CONFIG = "config"
+INTERRUPTIONS = "ops/interruptions"
+"""How often the run went on after an end that was not its own, at the step where it went on."""
+LOST_STEPS = "ops/lost_steps"
+"""Steps done in vain up to there: completed, not saved, done again."""
+RESUMED = "ops/resumed"
+"""A text at each step where the run went on."""
+LOGGED_ON_RESUME = (INTERRUPTIONS, LOST_STEPS, RESUMED)
 GLOBAL_GROUPS = ("perf", "gpu", "ops")
 
 GLOBAL_AXIS = "global_step"
@@ -82,7 +89,7 @@ def keep_before(
 
     Returns:
         A function of (tag, step number). Points of earlier stages stay, those of later ones go; a stage that is not
-        in `stages` keeps its points, because nothing will replace them.
+        in `stages` keeps its points, because nothing will replace them. What each resume logs goes at this very step.
     """
     later = stages[stages.index(stage) + 1 :]
     last = {step_axis(stage): step, epoch_axis(stage): epochs, GLOBAL_AXIS: global_step}
@@ -90,6 +97,8 @@ def keep_before(
 
     def keep(tag: str, number: int) -> bool:
         limit = last.get(axis(tag))
+        if limit is not None and tag in LOGGED_ON_RESUME:
+            limit -= 1
         return limit is None or number <= limit
 
     return keep

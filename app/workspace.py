@@ -104,8 +104,13 @@ class RunDir:
 
     @property
     def attempts(self) -> Path:
-        """Starts and ends of the supervised trainer, a line each."""
+        """Starts and ends of the trainer, a line each."""
         return self.path / "attempts.jsonl"
+
+    @property
+    def step_mark(self) -> Path:
+        """How many optimizer steps were completed, saved or not."""
+        return self.path / "steps"
 
     def ensure(self) -> None:
         """Creates the folder, or raises MachineError."""

@@ -30,7 +30,7 @@ def progress(run_dir: RunDir) -> Progress:
 
 
 class Attempts:
-    """Starts and ends of the trainer in `attempts.jsonl`.
+    """Starts and ends of the trainer in `attempts.jsonl`: the supervisor writes them, and the trainer where it goes on.
 
     A start without an end was seen by nobody, because the machine went with it: an interruption, not a crash.
     """
@@ -46,6 +46,16 @@ class Attempts:
     def ended(self, code: int, crashed: bool) -> None:
         """The trainer was seen to end; a negative code is the number of the signal that killed it."""
         self._append({"event": "crash" if crashed else "end", "code": code, "progress": progress(self._run_dir)})
+
+    def trains(self, stage: str, step: int, global_step: int, lost_steps: int) -> None:
+        """A trainer goes on in `stage` after `step`; the one before had come `lost_steps` further than was saved."""
+        self._append(
+            {"event": "train", "stage": stage, "step": step, "global_step": global_step, "lost_steps": lost_steps}
+        )
+
+    def trained(self) -> list[int]:
+        """Lost steps of each time that a trainer began or went on, the first of which is 0."""
+        return [line["lost_steps"] for line in read_lines(self._run_dir.attempts) if line.get("event") == "train"]
 
     def forgive(self) -> None:
         """Somebody changed what crashed: counting begins anew."""

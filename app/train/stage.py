@@ -39,6 +39,8 @@ class StageRun:
     draw: Draw
     status: Status
     stop: Stop
+    mark: Callable[[int], None]
+    """Told of each completed step, counted over all stages."""
     after_epoch: Callable[[], None]
     """Called when an epoch is complete and saved."""
     first_global_step: int
@@ -90,6 +92,7 @@ def _train_epoch(state: StageState, run: StageRun) -> None:
         now = time.monotonic()
         seconds, tick = now - tick, now
         progress.step += 1
+        run.mark(run.first_global_step + progress.step)
         progress.diffusion_sum += values.diffusion
         progress.physics_sum += values.physics
         progress.epoch_seconds += seconds
