@@ -141,18 +141,20 @@ def _command(
 
 
 def _train(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.signals import StopSignal
+
+    # First of all: what is imported next takes seconds, in which a signal must find its handler.
+    stop = StopSignal(_leave_stopped)
     from app.cascade import train
     from app.config_file import load_config
     from app.ops.refusal import leave_reason
-    from app.ops.signals import StopSignal
 
-    stop = StopSignal()
     workspace = Workspace(env.workspace)
     run_dir: RunDir | None = None
     try:
         config = load_config(_config_path(arguments, env), arguments.overrides, env)
         run_dir = workspace.run_dir(config.run_name)
-        train(config, workspace, env, stop, arguments.stages)
+        train(config, workspace, env, stop, stop, arguments.stages)
     except Stopped as error:
         log.info("%s; the same command goes on from here", error)
         return error.exit_code
@@ -247,12 +249,13 @@ def _runpod_watch(arguments: argparse.Namespace, env: Environment) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.signals import StopSignal
+
+    stop = StopSignal(_leave_stopped)
     from app.config_file import load_config
     from app.data.cases import prepare
     from app.data.report import NothingUsable
-    from app.ops.signals import StopSignal
 
-    stop = StopSignal()
     config = load_config(_config_path(arguments, env), arguments.overrides, env)
     workspace = Workspace(env.workspace)
     workspace.ensure()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from app.config_changes import differences, refusal
 from app.config_file import resolved_yaml
 from app.data.cases import Case, CaseStore, Split, prepare, split_patients
 from app.env import Environment
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, MachineError
 from app.ops.crash_budget import Attempts
 from app.ops.event_files import rewind
 from app.ops.layout import layout
@@ -26,12 +25,15 @@ from app.ops.step_mark import StepMark, marked
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
-from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters
+from app.train.checkpoint import RESUME_KEY, CheckpointFolder
 from app.train.handover import Parents, measure_training_cases, new_state
+from app.train.pace import Pace
 from app.train.precision import Precision, choose_device, choose_precision
-from app.train.protocols import Stop
+from app.train.protocols import Grace, Stop
+from app.train.resume import ResumePoint, describe, find_resume_point
 from app.train.samples import StageCases
 from app.train.stage import StageRun, train_stage
+from app.train.volume import write_speed
 from app.workspace import RunDir, Workspace, atomic_write, remove_temporary_files
 
 log = logging.getLogger(__name__)
@@ -42,28 +44,9 @@ FOLLOWERS_ON_STOP_S = 1.0
 """The same where a killed pod leaves seconds; the next attempt sends the rest."""
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where the run goes on."""
-
-    stage: StageConfig | None
-    """The stage to train; None where all are finished."""
-    found: dict[str, Any] | None
-    """The furthest checkpoint of the run; None where there is none yet."""
-    source: str
-    """Name of its file, for messages."""
-    counters: Counters
-    """Of `stage`."""
-
-    @property
-    def payload(self) -> dict[str, Any] | None:
-        """The checkpoint that `stage` goes on from; None where the stage begins."""
-        if self.found is None or self.stage is None or self.found[RESUME_KEY]["stage"] != self.stage.name:
-            return None
-        return self.found
-
-
-def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, only: Sequence[str] = ()) -> None:
+def train(
+    config: Config, workspace: Workspace, env: Environment, stop: Stop, grace: Grace, only: Sequence[str] = ()
+) -> None:
     """Train the cascade from wherever it is to its end.
 
     Args:
@@ -71,6 +54,7 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
         workspace: where everything lies.
         env: secrets of Weights & Biases.
         stop: polled everywhere; True ends the run with its state saved.
+        grace: how long that may take.
         only: names of the stages to train; empty is all.
 
     Raises:
@@ -94,7 +78,7 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
             log.info("prepared cases:\n%s", report.table())
         store = CaseStore.open(config, workspace)
         split = split_patients(store, config, run_dir)
-        _Run(config, workspace, env, stop, run_dir, status, store, split, device).train(only)
+        _Run(config, workspace, env, stop, grace, run_dir, status, store, split, device).train(only)
 
 
 class _Run:
@@ -106,13 +90,14 @@ class _Run:
         workspace: Workspace,
         env: Environment,
         stop: Stop,
+        grace: Grace,
         run_dir: RunDir,
         status: RunStatus,
         store: CaseStore,
         split: Split,
         device: torch.device,
     ) -> None:
-        self.config, self.workspace, self.env, self.stop = config, workspace, env, stop
+        self.config, self.workspace, self.env, self.stop, self.grace = config, workspace, env, stop, grace
         self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
         self.checkpoints = CheckpointFolder(run_dir)
         self.progress = ProgressPicture(run_dir.progress_png, run_dir.tensorboard, _names(config))
@@ -124,6 +109,7 @@ class _Run:
     def train(self, only: Sequence[str]) -> None:
         """Find the resume point, rewind the curves to it, train what is left."""
         remove_temporary_files(self.run_dir.path)
+        self.checkpoints.recover_manifest()
         if self.config.init_from is not None:
             self._take_over(self.config.init_from)
         point = find_resume_point(self.config, self.checkpoints)
@@ -134,6 +120,7 @@ class _Run:
             self._finish()
             return
         log.info("%s", describe(point))
+        self.pace = self._measure_volume()
         self._rewind(point)
         run_log = self._open_log()
         self.mark = self._resume_marker(point, run_log)
@@ -148,7 +135,8 @@ class _Run:
                 log.info("finished: --stages %s", " ".join(only))
         finally:
             self.mark.close()
-            run_log.close(FOLLOWERS_ON_STOP_S if self.stop() else FOLLOWERS_AT_END_S)
+            on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
+            run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
         """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
@@ -202,10 +190,12 @@ class _Run:
                 train=train,
                 val=val,
                 checkpoints=self.checkpoints,
+                pace=self.pace,
                 run_log=run_log,
                 draw=validation_panel,
                 status=self.status,
                 stop=self.stop,
+                grace=self.grace,
                 mark=self.mark,
                 after_epoch=self._after_epoch,
                 first_global_step=self.config.first_global_step(stage),
@@ -214,7 +204,11 @@ class _Run:
 
     def _after_epoch(self) -> None:
         fields = self.status.fields
-        self.progress.write(f"{fields['stage']}, epoch {fields['epoch']} of {fields['epochs']}", self.status.eta_s())
+        headline = f"{fields['stage']}, epoch {fields['epoch']} of {fields['epochs']}"
+        try:
+            self.progress.write(headline, self.status.eta_s())
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.run_dir.progress_png, error.strerror)
 
     def _precision(self, point: ResumePoint) -> Precision:
         """The checkpoint's own precision, once its config is found to be the same run's."""
@@ -237,6 +231,22 @@ class _Run:
                     f"stages.{name}.epochs: {name} is finished and {reached} is trained on its outputs, so it cannot "
                     "be prolonged. Put the old value back, or start a new run with another run_name"
                 )
+
+    def _measure_volume(self) -> Pace:
+        """How fast checkpoints will be written.
+
+        Raises:
+            MachineError: nothing can be written at all.
+        """
+        try:
+            speed = write_speed(self.run_dir.path)
+        except OSError as error:
+            raise MachineError(
+                f"{self.run_dir.path} does not take a test file of 16 MiB: {error.strerror}. The checkpoints so far "
+                "are whole. Make room or mount a larger volume, then run the same command"
+            ) from error
+        log.info("the volume writes %.0f MiB/s", speed)
+        return Pace(speed)
 
     def _rewind(self, point: ResumePoint) -> None:
         stage, counters = point.stage, point.counters
@@ -320,43 +330,6 @@ class _Run:
                 f"init_from: {other_name}, {name}: trained on another set of cases or another split; its validation "
                 "patients may be training patients here"
             )
-
-
-def find_resume_point(config: Config, checkpoints: CheckpointFolder) -> ResumePoint:
-    """The furthest verified state of a run; damaged files on the way are set aside.
-
-    Raises:
-        CheckpointError: the run had checkpoints and none can be used.
-    """
-    for index in reversed(range(len(config.stages))):
-        stage = config.stages[index]
-        found = checkpoints.newest(stage.name)
-        if found is None:
-            continue
-        entry, payload = found
-        if entry.counters.epochs < stage.epochs or not checkpoints.whole(stage.name, "final"):
-            return ResumePoint(stage, payload, entry.path.name, entry.counters)
-        following = config.stages[index + 1] if index + 1 < len(config.stages) else None
-        return ResumePoint(following, payload, entry.path.name, Counters(0, 0))
-    if checkpoints.any_trace():
-        raise CheckpointError(
-            f"{checkpoints.run_dir.path}: this run had checkpoints and none of them can be used (the damaged ones and "
-            f"the reasons are in {checkpoints.run_dir.quarantine.name}/). It is not started over silently: put a good "
-            "checkpoint back, move the folder away, or start a run of another name (RUN_NAME=...)"
-        )
-    return ResumePoint(config.stages[0], None, "", Counters(0, 0))
-
-
-def describe(point: ResumePoint) -> str:
-    """One line for the log: fresh start, or what is resumed from where."""
-    if point.stage is None:
-        return "finished"
-    if point.payload is None:
-        return f"starting {point.stage.name}" if point.source else "fresh start"
-    return (
-        f"resuming {point.stage.name} at epoch {point.counters.epochs}, step {point.counters.step}, "
-        f"from {point.source}, verified"
-    )
 
 
 def _names(config: Config) -> list[str]:

@@ -265,8 +265,12 @@ class CheckpointConfig(Section):
     """Epochs between two `_epoch_{N}.pt`."""
     keep_last_n_checkpoints: int | None = operational(None, ge=1)
     """How many `_epoch_{N}.pt` of a stage are kept; null keeps all."""
-    save_every_s: float = operational(120.0, gt=0)
-    """Seconds of training between two rolling saves."""
+    save_every_s: float = operational(60.0, gt=0)
+    """Seconds between two rolling saves, where they may cost that much."""
+    max_overhead: float = operational(0.02, gt=0, le=1)
+    """Share of the training time that rolling saves may cost; the interval grows until they do not cost more."""
+    min_free_gib: float = operational(0.2, ge=0)
+    """Room that a save leaves on the volume; with less it is put off, and training goes on."""
 
 
 class ComputeConfig(Section):

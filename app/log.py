@@ -43,6 +43,15 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
+class LogFileHandler(logging.FileHandler):
+    """A log file that a full or lost volume costs its lines, and the run nothing: the terminal has them too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over an error of the volume; anything else is a mistake in the program and shown as such."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def setup_logging(logs_dir: Path | None, env: Environment) -> None:
     """Sends the log of the whole process to stderr and, where a folder is given, to the end of `train.log` in it.
 
@@ -68,6 +77,6 @@ def setup_logging(logs_dir: Path | None, env: Environment) -> None:
 def _file_handler(path: Path) -> logging.Handler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return logging.FileHandler(path, mode="a", encoding="utf-8")
+        return LogFileHandler(path, mode="a", encoding="utf-8")
     except OSError as error:
         raise MachineError(f"cannot write the log file {path}: {error.strerror}") from error

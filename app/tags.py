@@ -39,6 +39,16 @@ LOST_STEPS = "ops/lost_steps"
 """Steps done in vain up to there: completed, not saved, done again."""
 RESUMED = "ops/resumed"
 """A text at each step where the run went on."""
+CHECKPOINT_TAGS = (
+    "ops/checkpoint_blocked_s",
+    "ops/checkpoint_write_s",
+    "ops/checkpoint_mib_per_s",
+    "ops/checkpoint_interval_s",
+    "ops/checkpoint_overhead",
+    "ops/checkpoint_failures",
+)
+"""Of the newest save: seconds that training waited, seconds of the write, its speed; then the interval between two
+rolling saves and the share of the time that they cost at it; saves that failed so far."""
 LOGGED_ON_RESUME = (INTERRUPTIONS, LOST_STEPS, RESUMED)
 GLOBAL_GROUPS = ("perf", "gpu", "ops")
 

@@ -172,7 +172,7 @@ def _ensure_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, mode: int = 0o666, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` whole and durable when the block ends, or not at all.
 
     The temporary file lies in the target's folder, because a rename across file systems is a copy.
@@ -180,6 +180,7 @@ def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     Args:
         path: the target; an existing file is replaced.
         mode: permissions before the umask.
+        durable: False where nobody minds an older content after a power cut.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -187,17 +188,19 @@ def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
-def atomic_write(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Writes `data` to `path`, whole and durable or not at all."""
-    with atomic_file(path, mode) as file:
+def atomic_write(path: Path, data: bytes, mode: int = 0o666, durable: bool = True) -> None:
+    """Writes `data` to `path`, whole or not at all, and durable unless that is not asked for."""
+    with atomic_file(path, mode, durable) as file:
         file.write(data)
 
 

@@ -125,11 +125,15 @@ def assert_same_run(interrupted: Path, uninterrupted: Path) -> None:
     for name in names:
         assert_same_state(interrupted / name, uninterrupted / name)
     expected, found = series(uninterrupted), series(interrupted)
+    for tag, points in found.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+    # When a save ends, and how often a run is interrupted, is no property of the run.
+    expected, found = ({tag: curve[tag] for tag in curve if not tag.startswith("ops/")} for curve in (expected, found))
     assert found.keys() == expected.keys()
     for tag, points in found.items():
         steps = [step for step, _ in points]
         assert steps == [step for step, _ in expected[tag]], tag
-        assert len(set(steps)) == len(steps), tag
     assert without_wall_clock(found) == without_wall_clock(expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from typing import Any
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from app.errors import MachineError
 from app.workspace import RunDir, atomic_write
+
+log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 5.0
 SMOOTHING = 0.05
@@ -26,6 +29,7 @@ class RunStatus:
         self.fields: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.fields["started"] = time.time()
         self._written = 0.0
+        self._failed = False
         self._step_seconds = 0.0
         self._stage: str | None = None
         self._bar: tqdm[Any] | None = None
@@ -42,7 +46,14 @@ class RunStatus:
     def write(self) -> None:
         """Write the file now."""
         self._written = time.monotonic()
-        atomic_write(self.path, json.dumps({**self.fields, "time": time.time()}, indent=1).encode())
+        try:
+            text = json.dumps({**self.fields, "time": time.time()}, indent=1)
+            atomic_write(self.path, text.encode(), durable=False)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be written: %s", self.path, error.strerror)
+            self._failed = True
 
     def eta_s(self) -> float | None:
         """Seconds to the end of the stage under way; None before its first step."""

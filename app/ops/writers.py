@@ -7,6 +7,7 @@ both show the same numbers and a slow network costs a step nothing.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import time
@@ -23,10 +24,12 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-from app.errors import MachineError
+from app.errors import LockError, MachineError
 from app.ops.event_files import newest_wall_time, next_file_name
 from app.ops.tfrecord import frame
 from app.workspace import sync_folder
+
+log = logging.getLogger(__name__)
 
 Picture = npt.NDArray[np.uint8]
 """(H, W, 3), sRGB."""
@@ -73,8 +76,16 @@ class RunLog:
         """The layout of the Custom Scalars page, from `app.ops.layout`."""
         self._tensorboard.layout(serialized)
 
+    def write(self) -> None:
+        """Hands everything that was logged to the file system; what it refuses waits in memory."""
+        self._tensorboard.write()
+
     def flush(self) -> None:
-        """Makes everything that was logged durable."""
+        """Makes everything that was logged durable.
+
+        Raises:
+            OSError: the file cannot be written; what was logged waits in memory.
+        """
         self._tensorboard.flush()
 
     def close(self, limit_s: float = 30.0) -> None:
@@ -94,13 +105,21 @@ class TensorBoardLog:
         folder: a run's `tensorboard` folder, after `rewind`.
         flush_s: events reach the file at least this often, from a thread of the writer's own.
         clock: seconds since 1970.
+        fence: asked before each write; raises where the run is no longer ours.
 
     Raises:
-        MachineError: the file cannot be written; from any later call as well.
+        MachineError: the file cannot be made. Later on what a volume refuses waits in memory.
     """
 
-    def __init__(self, folder: Path, flush_s: float = 5.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        flush_s: float = 5.0,
+        clock: Callable[[], float] = time.time,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         now = clock()
+        self._fence = fence
         self._pending: list[bytes] = []
         self._lock = threading.Lock()
         self._error: OSError | None = None
@@ -113,7 +132,10 @@ class TensorBoardLog:
         except OSError as error:
             raise _cannot_write(folder, error) from error
         self._append(Event(wall_time=self._wall_time(), file_version=FILE_VERSION))
-        self.flush()
+        try:
+            self.flush()
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
         self._closed = threading.Event()
         self._flusher = threading.Thread(target=self._flush_often, args=(flush_s,), name="tensorboard", daemon=True)
         self._flusher.start()
@@ -139,19 +161,34 @@ class TensorBoardLog:
         """The layout of the Custom Scalars page; TensorBoard merges that of each attempt into one."""
         self._log([_string_value(LAYOUT_TAG, "custom_scalars", serialized, [])], 0)
 
+    def write(self) -> None:
+        """Writes what waits, as far as the volume takes it."""
+        self._write(sync=False)
+
     def flush(self) -> None:
-        """Writes what waits and makes it durable."""
+        """Writes what waits and makes it durable.
+
+        Raises:
+            OSError: the volume did not take it; it waits.
+        """
         self._write(sync=True)
-        self._raise_error()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
-        """Flushes and closes the file; may be called twice."""
+        """Flushes and closes the file; may be called twice.
+
+        Raises:
+            MachineError: the last points are lost.
+        """
         if self._file.closed:
             return
         self._closed.set()
         self._flusher.join()
         try:
             self.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
         finally:
             self._file.close()
 
@@ -160,7 +197,6 @@ class TensorBoardLog:
         return self._wall_base + time.monotonic()
 
     def _log(self, values: list[Summary.Value], step: int) -> None:
-        self._raise_error()
         self._append(Event(wall_time=self._wall_time(), step=step, summary=Summary(value=values)))
 
     def _append(self, event: Event) -> None:
@@ -168,10 +204,15 @@ class TensorBoardLog:
 
     def _flush_often(self, flush_s: float) -> None:
         while not self._closed.wait(flush_s):
-            self._write(sync=False)
+            try:
+                self._write(sync=False)
+            except LockError:
+                # The training thread meets the same fence and says so.
+                return
 
     def _write(self, *, sync: bool) -> None:
         with self._lock:
+            self._fence()
             count = len(self._pending)
             data = b"".join(self._pending[:count])
             try:
@@ -181,13 +222,11 @@ class TensorBoardLog:
                     os.fsync(self._file.fileno())
                 self._error = None
             except OSError as error:
+                if self._error is None:
+                    log.error("%s takes no more points (%s): they wait in memory", self.path, error.strerror)
                 self._error = error
             # What a full disk refused stays first in line, so that the file never has a hole.
             self._pending[:count] = [data] if data else []
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise _cannot_write(self.path, self._error) from self._error
 
 
 def _string_value(tag: str, plugin: str, content: bytes, shape: list[int]) -> Summary.Value:

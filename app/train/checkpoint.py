@@ -1,9 +1,9 @@
 """Checkpoint files: written so that a kill at any moment leaves a usable one, found again by content.
 
-A file is committed by: temporary file in the same folder, a `pending` line with its sha256 in the manifest, fsync,
+A file is committed by: temporary file in the same folder, fsync, a `pending` line with its sha256 in the manifest,
 rename, fsync of the folder, a `committed` line. A file counts as whole when its sha256 stands in the manifest, in
 either kind of line: a kill between rename and the last line loses nothing. A file that no line knows is checked by
-the CRCs of its own records.
+the CRCs of its own records and by loading it, and gets a `found` line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 
 from app.errors import CheckpointError
-from app.workspace import RunDir, atomic_file, epoch_kind, sync_folder
+from app.workspace import RunDir, atomic_file, atomic_write, epoch_kind, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,12 @@ REQUIRED_KEYS = (
     RESUME_KEY,
 )
 COPY_CHUNK = 1 << 22
+LINES_AT_MOST = 2000
+"""A longer manifest is cut at the next start to the lines that still say something."""
+LINES_PER_FILE = 4
+"""`pending` and `committed` of a file and of the one that had its name before: `_last` becomes `_last_previous`."""
+RESUMABLE_AT_LEAST = 2
+"""Different states of a stage that retention leaves, whatever the config asks for."""
 UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, struct.error)
 UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError)
 
@@ -102,26 +108,26 @@ def file_sha256(path: Path) -> str:
 class CheckpointFolder:
     """The checkpoints of one run: publish, list, verify, find the furthest, set damaged ones aside."""
 
-    def __init__(self, run_dir: RunDir) -> None:
-        """Open the folder of a run; nothing is read yet."""
+    def __init__(self, run_dir: RunDir, fence: Callable[[], None] = lambda: None) -> None:
+        """Open the folder of a run; nothing is read yet.
+
+        Args:
+            run_dir: the run.
+            fence: asked right before a file gets its name or is deleted; raises where the run is no longer ours.
+        """
         self.run_dir = run_dir
+        self._fence = fence
 
     def publish(self, stage: str, kinds: Sequence[str], payload: dict[str, Any], counters: Counters) -> None:
         """Write `payload` once for each kind, every file on blocks of its own.
 
         Raises:
             OSError: the volume is full or gone; older files are intact.
+            LockError: the run is no longer ours; nothing was renamed.
         """
-        first = self.run_dir.checkpoint(stage, kinds[0])
-        sha256 = self._commit(first, stage, kinds[0], counters, lambda file: torch.save(payload, file))
-        for kind in kinds[1:]:
+        for kind in kinds:
             self._commit(
-                self.run_dir.checkpoint(stage, kind),
-                stage,
-                kind,
-                counters,
-                lambda file: _copy_into(first, file),
-                sha256,
+                self.run_dir.checkpoint(stage, kind), stage, kind, counters, lambda file: torch.save(payload, file)
             )
 
     def take_over(self, source: FoundCheckpoint) -> None:
@@ -144,7 +150,7 @@ class CheckpointFolder:
         counters: Counters,
         write: Callable[[Any], object],
         expected_sha256: str | None = None,
-    ) -> str:
+    ) -> None:
         line: dict[str, object] = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}
         with atomic_file(path) as file:
             hashing = _HashingFile(file)
@@ -158,22 +164,59 @@ class CheckpointFolder:
             sha256 = hashing.digest.hexdigest()
             if expected_sha256 not in (None, sha256):
                 raise OSError(f"{path.name}: the copy differs from its source (sha256 {sha256[:12]})")
-            self._append({**line, "sha256": sha256, "state": "pending"})
+            # Before the file of the same name moves away: a disk may find out here that it is full.
+            file.flush()
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+            self._fence()
+            self._append({**line, "sha256": sha256, "bytes": size, "state": "pending"})
             if kind == "last" and path.exists():
                 path.replace(self.run_dir.checkpoint(stage, "last_previous"))
-        self._append(
-            {**line, "sha256": sha256, "bytes": path.stat().st_size, "state": "committed", "time": time.time()}
-        )
-        return sha256
+        self._append({**line, "sha256": sha256, "bytes": size, "state": "committed", "time": time.time()})
 
     def retain(self, stage: str, keep: int | None) -> None:
-        """Delete all but the newest `keep` `_epoch_{N}.pt` of a stage; None keeps all."""
+        """Delete all but the newest `keep` `_epoch_{N}.pt` of a stage; None keeps all.
+
+        The last states to go on from always stay: more periodic files than `keep`, where the rolling ones are missing.
+        """
         if keep is None:
             return
-        periodic = [entry for entry in self.entries(stage) if entry.kind.startswith("epoch_")]
+        entries = self.entries(stage)
+        periodic = [entry for entry in entries if entry.kind.startswith("epoch_")]
+        others = {entry.counters for entry in entries if not entry.kind.startswith("epoch_")}
+        keep = max(keep, RESUMABLE_AT_LEAST - len(others))
         for entry in sorted(periodic, key=lambda entry: entry.counters)[:-keep]:
+            self._fence()
             entry.path.unlink()
         sync_folder(self.run_dir.path)
+
+    def recover_manifest(self) -> None:
+        """Write lines for whole files that no line knows, and forget lines that say nothing any more.
+
+        For the process that holds the run lock, before it looks for its state. Files that are not whole are left to
+        `newest`, which sets them aside.
+        """
+        lines = self._lines()
+        known = {line["file"]: Counters(line["epochs"], line["step"]) for line in lines}
+        for stage, kind, path in self.run_dir.checkpoints():
+            counters = _read_counters(path)
+            # A whole file that is further than its line says was written by lines that are lost: damage goes nowhere.
+            lost = path.name not in known or counters > known[path.name]
+            if not lost or counters == UNREADABLE or _damaged_record(path) is not None:
+                continue
+            line = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}
+            found = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "state": "found", "time": time.time()}
+            self._append({**line, **found})
+            log.warning(
+                "%s has lost its line in %s: it is whole and was entered again", path.name, self.run_dir.manifest.name
+            )
+        if len(lines) > LINES_AT_MOST:
+            newest: dict[str, list[dict[str, Any]]] = {}
+            for line in lines:
+                newest.setdefault(line["file"], []).append(line)
+            kept = {id(line) for group in newest.values() for line in group[-LINES_PER_FILE:]}
+            text = "".join(json.dumps(line) + "\n" for line in lines if id(line) in kept)
+            atomic_write(self.run_dir.manifest, text.encode())
 
     def entries(self, stage: str | None = None) -> list[FoundCheckpoint]:
         """Every checkpoint file of the run (of one stage), the furthest first."""
@@ -207,12 +250,7 @@ class CheckpointFolder:
             return None
         if entry.sha256 is not None:
             return f"its content is not what was written: sha256 {sha256[:12]}, the manifest says {entry.sha256[:12]}"
-        try:
-            with zipfile.ZipFile(entry.path) as archive:
-                bad = archive.testzip()
-        except UNREADABLE_ZIP as error:
-            return f"not a whole checkpoint: {error}"
-        return None if bad is None else f"the record {bad} is damaged (CRC)"
+        return _damaged_record(entry.path)
 
     def load(self, entry: FoundCheckpoint) -> dict[str, Any]:
         """The content of a file, with `weights_only=True`.
@@ -302,6 +340,16 @@ def _check_format(entry: FoundCheckpoint, payload: dict[str, Any]) -> None:
 def _copy_into(source: Path, target: Any) -> None:
     with source.open("rb") as file:
         shutil.copyfileobj(file, target, COPY_CHUNK)
+
+
+def _damaged_record(path: Path) -> str | None:
+    """What the CRCs of a file's own records say is wrong, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except UNREADABLE_ZIP as error:
+        return f"not a whole checkpoint: {error}"
+    return None if bad is None else f"the record {bad} is damaged (CRC)"
 
 
 def _read_counters(path: Path) -> Counters:

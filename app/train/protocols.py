@@ -13,6 +13,16 @@ Stop = Callable[[], bool]
 """True once the process was asked to stop."""
 
 
+class Grace(Protocol):
+    """How long a process that was asked to stop may still take."""
+
+    def seconds_left(self) -> float:
+        """Until the process will be gone; infinite while nobody asked for it."""
+
+    def at_the_last_moment(self, work: Callable[[float], None] | None) -> None:
+        """What a thread does before it leaves in the place of a main thread that does not answer."""
+
+
 class RunLog(Protocol):
     """Where curves and pictures go."""
 
@@ -22,8 +32,15 @@ class RunLog(Protocol):
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
         """A picture (H, W, 3)."""
 
+    def write(self) -> None:
+        """Everything logged so far is in the files when this returns, if they can be written; it never fails."""
+
     def flush(self) -> None:
-        """Everything logged so far is in the files when this returns."""
+        """The same, durable.
+
+        Raises:
+            OSError: the files cannot be written; what was logged waits in memory.
+        """
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
-from app.errors import MachineError, NumericsError, Stopped
+from app.errors import NumericsError, Stopped
 from app.model.diffusion import log_snr
 from app.tags import VAL_PSNR
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.evaluate import Validation, validate
 from app.train.loss import SampleLosses, sample_losses
-from app.train.protocols import Draw, RunLog, Status, Stop
+from app.train.pace import Pace
+from app.train.protocols import Draw, Grace, RunLog, Status, Stop
 from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
 from app.train.samples import Batch, StageCases, batches
+from app.train.saver import Saver
 from app.train.schedule import ema_decay, learning_rate, physics_weight
 from app.train.state import StageState
 
@@ -35,10 +37,12 @@ class StageRun:
     train: StageCases
     val: StageCases
     checkpoints: CheckpointFolder
+    pace: Pace
     run_log: RunLog
     draw: Draw
     status: Status
     stop: Stop
+    grace: Grace
     mark: Callable[[int], None]
     """Told of each completed step, counted over all stages."""
     after_epoch: Callable[[], None]
@@ -63,29 +67,37 @@ def train_stage(state: StageState, run: StageRun) -> None:
         Stopped: asked to stop; the state of the last completed step is saved.
         NumericsError: a loss or gradient is not finite; no weight has moved since the last completed step.
     """
-    stage, progress = state.stage, state.progress
+    stage, progress, config = state.stage, state.progress, state.config
     state.model.train()
+    saver = Saver(run.checkpoints, config.checkpoint, run.pace, run.run_log.flush, run.grace, run.status)
     try:
         if progress.step == 0:
             _log_validation(state, run, _validate(state, run))
-            _save(state, run, ["last"])
+            saver.save(state, ["last"])
         elif state.step_in_epoch == 0:
-            _complete_files(state, run)
+            _complete_files(state, run, saver)
         while progress.epochs < stage.epochs:
-            _train_epoch(state, run)
-            _end_epoch(state, run)
+            _train_epoch(state, run, saver)
+            _end_epoch(state, run, saver)
+        saver.drain()
     except Stopped:
-        _save(state, run, ["last"])
-        log.info("%s: stopped at epoch %d, step %d; the state is saved", stage.name, progress.epochs, progress.step)
+        here = f"epoch {progress.epochs}, step {progress.step}"
+        if saver.save_before_leaving(state):
+            log.info("%s: stopped at %s; the state is saved", stage.name, here)
+        else:
+            log.warning("%s: stopped at %s; an earlier state is saved, and some steps are repeated", stage.name, here)
         raise
+    finally:
+        saver.close()
+        _report_save(state, run, saver)
 
 
-def _train_epoch(state: StageState, run: StageRun) -> None:
+def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
     """The steps that are left of the epoch under way."""
     config, stage, progress = state.config, state.stage, state.progress
     weight = physics_weight(progress.epochs, stage, config.physics)
     loader = _epoch_batches(state, run)
-    tick = last_save = time.monotonic()
+    tick = time.monotonic()
     while state.step_in_epoch < stage.steps_per_epoch:
         values = train_step(state, loader, weight, run.stop)
 
@@ -96,6 +108,7 @@ def _train_epoch(state: StageState, run: StageRun) -> None:
         progress.diffusion_sum += values.diffusion
         progress.physics_sum += values.physics
         progress.epoch_seconds += seconds
+        run.pace.step(seconds, saver.writing())
         if progress.step == 1 or progress.step % config.logging.log_every_n_steps == 0:
             _log_step(state, run, values, weight, seconds)
         run.status(
@@ -107,9 +120,10 @@ def _train_epoch(state: StageState, run: StageRun) -> None:
             loss=values.diffusion + weight * values.physics,
             step_seconds=seconds,
         )
-        if now - last_save >= config.checkpoint.save_every_s:
-            _save(state, run, ["last"])
-            last_save = tick = time.monotonic()
+        _report_save(state, run, saver)
+        steps_left = stage.steps_per_epoch - state.step_in_epoch
+        if saver.save_if_due(state, epoch_ends_in_s=steps_left * seconds):
+            tick = time.monotonic()
 
 
 def train_step(state: StageState, loader: Iterator[Batch], weight: float, stop: Stop) -> StepValues:
@@ -184,7 +198,7 @@ def _epoch_batches(state: StageState, run: StageRun) -> Iterator[Batch]:
     return batches(run.train, chunks, device, config.data.hu_window, config.compute.workers)
 
 
-def _end_epoch(state: StageState, run: StageRun) -> None:
+def _end_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
     """Validate, log, count the epoch as completed, save."""
     config, stage, progress = state.config, state.stage, state.progress
     started = time.monotonic()
@@ -225,14 +239,14 @@ def _end_epoch(state: StageState, run: StageRun) -> None:
         " best" if is_best else "",
         epoch_seconds,
     )
-    _save(state, run, _kinds(state))
-    run.checkpoints.retain(stage.name, config.checkpoint.keep_last_n_checkpoints)
+    saver.save(state, _kinds(state))
     run.status(
         epoch=progress.epochs,
         val_loss=progress.val_loss,
         best_val_loss=progress.best_val_loss,
         train_loss=train_loss,
     )
+    run.run_log.write()
     run.after_epoch()
 
 
@@ -243,13 +257,13 @@ def _kinds(state: StageState) -> list[str]:
     return kinds_at_epoch_end(progress.epochs, state.stage.epochs, every, is_best)
 
 
-def _complete_files(state: StageState, run: StageRun) -> None:
+def _complete_files(state: StageState, run: StageRun, saver: Saver) -> None:
     """Write what a kill between two files of an epoch's end has left out."""
     counters = state.progress.counters
     there = {entry.kind for entry in run.checkpoints.entries(state.stage.name) if entry.counters == counters}
     missing = [kind for kind in _kinds(state) if kind not in there]
     if missing:
-        _save(state, run, missing)
+        saver.save(state, missing)
 
 
 def _validate(state: StageState, run: StageRun) -> Validation:
@@ -298,17 +312,12 @@ def _log_step(state: StageState, run: StageRun, values: StepValues, weight: floa
     )
 
 
-def _save(state: StageState, run: StageRun, kinds: list[str]) -> None:
-    """Publish the state; every point up to it is in the event files first, so that a resume finds no gap."""
-    run.run_log.flush()
-    try:
-        run.checkpoints.publish(state.stage.name, kinds, state.payload(), state.progress.counters)
-    except OSError as error:
-        raise MachineError(
-            f"cannot write {state.stage.name}_{kinds[0]}.pt: {error.strerror or error}. The checkpoints so far are "
-            "whole. Make room or mount a larger volume, then run the same command: it goes on from the last of them"
-        ) from error
-    run.status(checkpoint=state.progress.step, checkpoint_file=f"{state.stage.name}_{kinds[0]}.pt")
+def _report_save(state: StageState, run: StageRun, saver: Saver) -> None:
+    """What the newest save cost, where there was one since the last call."""
+    report = saver.report()
+    if report is not None:
+        run.run_log.scalars(report.scalars, run.first_global_step + state.progress.step)
+        run.status(checkpoint=report.step, checkpoint_file=report.file)
 
 
 def _not_finite(state: StageState, step: int, values: StepValues) -> str:

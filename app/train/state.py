@@ -65,10 +65,10 @@ class StageState:
         return self.progress.step - self.progress.epochs * self.stage.steps_per_epoch
 
     def payload(self) -> dict[str, Any]:
-        """The checkpoint: the seed's six keys, and what resuming needs besides under one more."""
+        """The checkpoint: the seed's six keys, and what resuming needs besides under one more. No copies."""
         return {
-            "model_state_dict": _on_cpu(self.model.state_dict()),
-            "optimizer_state_dict": _on_cpu(self.optimizer.state_dict()),
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
             "scaler_state_dict": self.precision.state_dict(),
             "epoch": self.progress.epochs - 1,
             "val_loss": self.progress.val_loss,
@@ -76,7 +76,7 @@ class StageState:
             RESUME_KEY: {
                 "format": FORMAT,
                 "stage": self.stage.name,
-                "ema_state_dict": _on_cpu(self.ema.model.state_dict()),
+                "ema_state_dict": self.ema.model.state_dict(),
                 "precision": self.precision.name,
                 "fingerprint": self.fingerprint,
                 "parent": self.parent,
@@ -136,13 +136,3 @@ def load_ema(config: Config, stage: StageConfig, payload: dict[str, Any], path: 
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: its weights do not fit the model of {stage.name}: {detail}") from error
     return model.eval().requires_grad_(False)
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_on_cpu(item) for item in value]
-    return value

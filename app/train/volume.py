@@ -1,0 +1,45 @@
+"""What a volume takes: its write speed, and a forecast before each save."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+MIB, GIB = 2**20, 2**30
+TEST_BLOCKS = 16
+"""Of a MiB each."""
+
+
+def write_speed(folder: Path) -> float:
+    """Write speed in MiB/s, by a test file that is written durably and deleted; it meets quotas too.
+
+    Raises:
+        OSError: the volume does not take the file.
+    """
+    block = os.urandom(MIB)
+    path = folder / f".probe.{secrets.token_hex(4)}.tmp"
+    started = time.monotonic()
+    try:
+        with path.open("xb", buffering=0) as file:
+            for _ in range(TEST_BLOCKS):
+                file.write(block)
+            os.fsync(file.fileno())
+        return TEST_BLOCKS / (time.monotonic() - started)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def expect_room(folder: Path, size: int, spare_gib: float) -> None:
+    """Forecast whether a file of `size` bytes fits and leaves `spare_gib` free.
+
+    Raises:
+        OSError: it does not (ENOSPC).
+    """
+    free = shutil.disk_usage(folder).free
+    if free - size < spare_gib * GIB:
+        found = f"{free / GIB:.2f} GiB are free, a save takes {size / GIB:.2f}"
+        raise OSError(errno.ENOSPC, f"{found}, and {spare_gib:g} stay free (checkpoint.min_free_gib)")
