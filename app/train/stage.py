@@ -23,7 +23,7 @@ from app.train.pace import Pace
 from app.train.protocols import Draw, Grace, RunLog, Status, Stop
 from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
 from app.train.samples import Batch, StageCases, batches
-from app.train.saver import Saver
+from app.train.saver import Saver, SaveReport
 from app.train.schedule import ema_decay, learning_rate, physics_weight
 from app.train.state import StageState
 
@@ -89,7 +89,7 @@ def train_stage(state: StageState, run: StageRun) -> None:
         raise
     finally:
         saver.close()
-        _report_save(state, run, saver)
+        _tell_status(run, saver.report())
 
 
 def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
@@ -313,10 +313,15 @@ def _log_step(state: StageState, run: StageRun, values: StepValues, weight: floa
 
 
 def _report_save(state: StageState, run: StageRun, saver: Saver) -> None:
-    """What the newest save cost, where there was one since the last call."""
+    """What the newest save cost, where there was one since the last call; at most once per step."""
     report = saver.report()
     if report is not None:
         run.run_log.scalars(report.scalars, run.first_global_step + state.progress.step)
+        _tell_status(run, report)
+
+
+def _tell_status(run: StageRun, report: SaveReport | None) -> None:
+    if report is not None:
         run.status(checkpoint=report.step, checkpoint_file=report.file)
 
 
