@@ -69,7 +69,7 @@ def train(
     workspace.ensure()
     run_dir = workspace.run_dir(config.run_name)
     run_dir.ensure()
-    with RunLock(run_dir.run_lock):
+    with RunLock(run_dir.run_lock, stop):
         run_dir.reason.unlink(missing_ok=True)
         status = RunStatus(run_dir)
         status(state="preparing data")

@@ -5,9 +5,16 @@ Shapes: B batch, N cube edge, n edge of the previous stage.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +94,54 @@ def batches(
         cases,
         batch_sampler=indices,  # type: ignore[arg-type]
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=partial(_end_with, os.getpid()),
+        # What workers inherit, a blocked signal mask and their parent, is the trainer's only if it forks them itself.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
-    for item in loader:
+    with _signals_held_back():
+        items = iter(loader)
+    for item in items:
         moved = {key: value.to(device, non_blocking=True) for key, value in item.items()}
         lowres = hu_to_x(moved["lowres"].float(), hu_window) if "lowres" in moved else None
         yield Batch(hu_to_x(moved["hu"].float(), hu_window), moved["xrays"], lowres)
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """SIGTERM and SIGINT wait until the block ends, and never reach a process that is forked in it.
+
+    A signal to the whole process group is the trainer's to answer: it needs its workers to finish the step.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with(trainer: int, _worker: int) -> None:
+    """In a worker: be gone at once when the trainer is, however it went."""
+    if sys.platform == "linux":
+        # It is the thread that forked this process whose end counts: the main one.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != trainer:
+        # The trainer was gone before it could be noticed.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_workers() -> None:
+    """At the end of a trainer that crashed between two batches: multiprocessing would ask with SIGTERM and wait."""
+    # torch would raise for the workers that are about to die.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+# Registered after the hook of multiprocessing, which torch imports, and so called before it.
+atexit.register(_kill_workers)

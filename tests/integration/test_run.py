@@ -304,6 +304,6 @@ def test_a_second_trainer_is_turned_away(workspace: Path) -> None:
     """Exit 75 with the holder's process, while the run folder is locked."""
     from app.ops.run_lock import RunLock
 
-    with RunLock(workspace / RUN / "run.lock"):
+    with RunLock(workspace / RUN / "run.lock", lambda: False):
         output = refused(workspace, 75)
     assert "another process trains in this run folder" in output
