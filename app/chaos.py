@@ -143,10 +143,8 @@ class _Rehearsal:
     def run(self, given: Undisturbed | None) -> Verdict:
         """Everything."""
         undisturbed = self._train_reference() if given is None else given
-        plan, finals = self.plan, {}
-        for name, sha256 in undisturbed.state.hashes.items():
-            if name.endswith("_final.pt"):
-                finals[name] = sha256
+        plan, names = self.plan, [f"{stage.name}_final.pt" for stage in self.config.stages]
+        finals = {name: undisturbed.state.hashes[name] for name in names if name in undisturbed.state.hashes}
         verdict = Verdict(plan.config_name, plan.how, plan.seed, plan.kills, finals, undisturbed.wall_s)
         moments = Moments(plan.seed, plan.how, shortest_interval_s(self.config.checkpoint.save_every_s))
         while len(verdict.kills) < plan.kills:

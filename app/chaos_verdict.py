@@ -159,8 +159,16 @@ class Verdict:
                 str(sum(lost)),
                 f"{sum(lost) / max(1, kills):.2f} per kill, at most {max(lost, default=0)}; {after_term} after SIGTERM",
             ),
-            ("checkpoints equal", f"{self.checkpoints - len(self.different_checkpoints)}/{self.checkpoints}", "bits"),
-            ("curves equal", f"{self.curves - len(self.different_curves)}/{self.curves}", "each step once, bits"),
+            (
+                "checkpoints equal",
+                f"{self.checkpoints - len(self.different_checkpoints)}/{self.checkpoints}",
+                "bit for bit",
+            ),
+            (
+                "curves equal",
+                f"{self.curves - len(self.different_curves)}/{self.curves}",
+                "each step once, bit for bit",
+            ),
             ("time lost", *self._time()),
         ]
         finals = [(name, value[:HASH_DIGITS], "sha256 of its state") for name, value in self.finals.items()]

@@ -44,7 +44,7 @@ REQUIRED_KEYS = (
 )
 COPY_CHUNK = 1 << 22
 UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, struct.error)
-UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError)
+UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError)
 
 
 @dataclass(frozen=True, order=True)
