@@ -177,6 +177,8 @@ class Verdict:
     def _time(self) -> tuple[str, str]:
         if self.lost_s is None:
             return "-", "not known with --reference"
+        if self.lost_s < 0:
+            return "-", f"not known: this machine was slower for the undisturbed run, {self.reference_s:.1f} s"
         each = self.lost_s / max(1, len(self.kills))
         return f"{self.lost_s:.1f} s", f"{each:.1f} s per kill; undisturbed, a run takes {self.reference_s:.1f} s"
 

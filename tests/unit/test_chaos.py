@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import struct
 from pathlib import Path
@@ -237,6 +238,20 @@ def test_a_good_verdict():
         "kill 2 of 10: SIGTERM after 2.0 s in stage_8 step 12 (exit code 143 in 0.4 s); "
         "resumed at stage_16 step 0, 0 steps lost"
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"reference_s": None}, "-  not known with --reference"),
+        ({"victims_s": 60.0}, "-  not known: this machine was slower for the undisturbed run, 100.0 s"),
+    ],
+)
+def test_a_time_that_cannot_be_known_is_not_printed(changed, text):
+    """Without a timed reference, and where another load on the machine makes kills look like a gain."""
+    found = dataclasses.replace(verdict(), **changed)
+    assert text in found.table()
+    assert found.passed
 
 
 @pytest.mark.parametrize(
