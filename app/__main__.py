@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from app.chaos_plan import add_arguments, plan_of
 from app.env import Environment
 from app.errors import AppError, ConfigError, LockError, MachineError, Stopped
 from app.log import setup_logging
@@ -62,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     _command(commands, "checkpoints", _checkpoints, "list and verify the checkpoints, name the one to resume from")
     export = _command(commands, "export", _export, "write all finished stages into one file for use elsewhere")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as cascade.pt")
+    add_arguments(
+        _command(commands, "chaos", _chaos, "rehearse the loss of machines: kill a run often, print a verdict")
+    )
     summary = "serve TensorBoard over all runs, and /status, behind a password"
     dashboard = commands.add_parser("dashboard", help=summary, description=summary[0].upper() + summary[1:] + ".")
     dashboard.set_defaults(run=_dashboard)
@@ -296,6 +300,19 @@ def _export(arguments: argparse.Namespace, env: Environment) -> int:
     stages = export(_run_dir(arguments, env), arguments.out)
     print(f"{arguments.out}: {', '.join(stages)}, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def _chaos(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.chaos import rehearse
+    from app.config_file import load_config
+    from app.ops.signals import StopSignal
+
+    stop, path = StopSignal(), _config_path(arguments, env)
+    config = load_config(path, arguments.overrides, env)
+    plan = plan_of(arguments, path, _train_arguments(arguments))
+    verdict = rehearse(config, plan, Workspace(env.workspace), stop)
+    print(verdict.as_json() if arguments.json else verdict.table())
+    return 0 if verdict.passed else 1
 
 
 def _dashboard(arguments: argparse.Namespace, env: Environment) -> int:

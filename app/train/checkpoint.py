@@ -50,7 +50,7 @@ LINES_PER_FILE = 4
 RESUMABLE_AT_LEAST = 2
 """Different states of a stage that retention leaves, whatever the config asks for."""
 UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, struct.error)
-UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError)
+UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError)
 
 
 @dataclass(frozen=True, order=True)
