@@ -7,7 +7,9 @@ import errno
 import logging
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -342,6 +344,9 @@ def _config_path(arguments: argparse.Namespace, env: Environment) -> str:
 
 def _leave_stopped() -> None:
     """Leave without taking the interpreter down: with torch in it that takes seconds, and a stopped pod has five."""
+    # torch raises in its handler of SIGCHLD when a loading process ends.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     logging.shutdown()
     sys.stdout.flush()
     for worker in multiprocessing.active_children():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,7 +69,7 @@ def train(
     workspace.ensure()
     run_dir = workspace.run_dir(config.run_name)
     run_dir.ensure()
-    with RunLock(run_dir.run_lock, stop):
+    with RunLock(run_dir.run_lock, stop) as lock:
         run_dir.reason.unlink(missing_ok=True)
         status = RunStatus(run_dir)
         status(state="preparing data")
@@ -78,7 +78,7 @@ def train(
             log.info("prepared cases:\n%s", report.table())
         store = CaseStore.open(config, workspace)
         split = split_patients(store, config, run_dir)
-        _Run(config, workspace, env, stop, grace, run_dir, status, store, split, device).train(only)
+        _Run(config, workspace, env, stop, grace, lock.check, run_dir, status, store, split, device).train(only)
 
 
 class _Run:
@@ -91,6 +91,7 @@ class _Run:
         env: Environment,
         stop: Stop,
         grace: Grace,
+        fence: Callable[[], None],
         run_dir: RunDir,
         status: RunStatus,
         store: CaseStore,
@@ -99,7 +100,8 @@ class _Run:
     ) -> None:
         self.config, self.workspace, self.env, self.stop, self.grace = config, workspace, env, stop, grace
         self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
-        self.checkpoints = CheckpointFolder(run_dir)
+        self.fence = fence
+        self.checkpoints = CheckpointFolder(run_dir, fence)
         self.progress = ProgressPicture(run_dir.progress_png, run_dir.tensorboard, _names(config))
         self.cases = {side: _cases(store, ids) for side, ids in (("train", split.train), ("val", split.val))}
         self.parents = Parents(
@@ -108,6 +110,7 @@ class _Run:
 
     def train(self, only: Sequence[str]) -> None:
         """Find the resume point, rewind the curves to it, train what is left."""
+        self.fence()
         remove_temporary_files(self.run_dir.path)
         self.checkpoints.recover_manifest()
         if self.config.init_from is not None:
@@ -261,6 +264,7 @@ class _Run:
             epochs=epochs,
             global_step=self.config.first_global_step(stage) + counters.step,
         )
+        self.fence()
         report = rewind(self.run_dir.tensorboard, keep)
         if report.files:
             log.info("curves: %d points beyond the checkpoint were taken back", report.dropped)
@@ -280,7 +284,7 @@ class _Run:
         return StepMark(self.run_dir.step_mark, here)
 
     def _open_log(self) -> RunLog:
-        curves = TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s)
+        curves = TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s, fence=self.fence)
         followers = []
         if self.env.wandb_on:
             mode: Literal["online", "offline"] = "offline" if self.env.wandb_mode == "offline" else "online"
