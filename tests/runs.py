@@ -23,15 +23,19 @@ RUN = Path("hybrid_vit_cascade/checkpoints/tiny")
 Series = dict[str, list[tuple[int, float]]]
 
 
-def start(workspace: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """`python -m app train` on the tiny cascade."""
+def start(
+    workspace: Path, *arguments: str, env: Mapping[str, str] | None = None, fault: str | None = None
+) -> subprocess.Popen[str]:
+    """`python -m app train` on the tiny cascade, in a process group of its own; with a fault of `tests/faulty.py`."""
+    program = ["app"] if fault is None else ["tests.faulty", fault]
     return subprocess.Popen(
-        [sys.executable, "-m", "app", "train", "--config", str(TINY), *arguments],
+        [sys.executable, "-m", *program, "train", "--config", str(TINY), *arguments],
         cwd=ROOT,
         env={**os.environ, "WORKSPACE": str(workspace), **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -72,6 +76,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], ti
             raise AssertionError(f"the process ended first, exit code {process.returncode}:\n{output}")
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.002)
+
+
+def marked_step(run: Path) -> int:
+    """How many steps over all stages were completed, saved or not."""
+    return int((run / "steps").read_text())
 
 
 def series(run: Path) -> Series:
