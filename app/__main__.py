@@ -51,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train the cascade, or go on where it was")
     supervise = _command(commands, "supervise", _supervise, "run trainer and dashboard; PID 1 of a container")
+    train.add_argument(
+        "--fall-back", action="store_true", help="set the newest state aside and go on from the one before it"
+    )
+    train.add_argument("--beat-fd", type=int, help=argparse.SUPPRESS)
     _add_runtime(supervise)
     keep = _command(commands, "supervise-trainer", _supervise_trainer, "train, again after a crash, within a budget")
     keep.add_argument("--pid-file", type=Path, metavar="FILE", help="where the trainer's process number stands")
@@ -148,9 +152,15 @@ def _command(
 
 def _train(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.signals import StopSignal
+    from app.ops.watchdog import Beat
 
-    # First of all: what is imported next takes seconds, in which a signal must find its handler.
+    # First of all: what is imported next takes seconds, in which a signal must find its handler, and a slow disk may
+    # make it hang.
     stop = StopSignal(_leave_stopped)
+    polled: Callable[[], bool] = stop
+    if arguments.beat_fd is not None:
+        polled = Beat(stop, arguments.beat_fd)
+        polled()
     from app.cascade import train
     from app.config_file import load_config
     from app.ops.refusal import leave_reason
@@ -160,7 +170,7 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
     try:
         config = load_config(_config_path(arguments, env), arguments.overrides, env)
         run_dir = workspace.run_dir(config.run_name)
-        train(config, workspace, env, stop, stop, arguments.stages)
+        train(config, workspace, env, polled, stop, arguments.stages, arguments.fall_back)
     except Stopped as error:
         log.info("%s; the same command goes on from here", error)
         return error.exit_code
@@ -169,9 +179,11 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
         if not isinstance(error, LockError):
             leave_reason(run_dir or workspace.run_dir(env.run_name), error)
         raise
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         full = _volume_problem(error)
         if full is None:
+            if run_dir is not None:
+                _record(error, run_dir)
             raise
         problem = MachineError(
             f"{workspace.root}: {full.strerror}. The checkpoints so far are whole. Make room or mount a larger volume, "
@@ -180,6 +192,17 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
         leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
         raise problem from error
     return 0
+
+
+def _record(error: Exception, run_dir: RunDir) -> None:
+    """For the supervisor to see whether the same error comes again at the same step."""
+    from app.ops.crash_budget import Attempts
+    from app.ops.step_mark import marked
+
+    try:
+        Attempts(run_dir).failed(error, marked(run_dir.step_mark))
+    except (MachineError, OSError) as problem:
+        log.error("the crash cannot be recorded: %s", problem)
 
 
 def _volume_problem(error: BaseException | None) -> OSError | None:

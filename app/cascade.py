@@ -30,7 +30,7 @@ from app.train.handover import Parents, measure_training_cases, new_state
 from app.train.pace import Pace
 from app.train.precision import Precision, choose_device, choose_precision
 from app.train.protocols import Grace, Stop
-from app.train.resume import ResumePoint, describe, find_resume_point
+from app.train.resume import ResumePoint, describe, find_resume_point, set_newest_aside
 from app.train.samples import StageCases
 from app.train.stage import StageRun, train_stage
 from app.train.volume import write_speed
@@ -45,7 +45,13 @@ FOLLOWERS_ON_STOP_S = 1.0
 
 
 def train(
-    config: Config, workspace: Workspace, env: Environment, stop: Stop, grace: Grace, only: Sequence[str] = ()
+    config: Config,
+    workspace: Workspace,
+    env: Environment,
+    stop: Stop,
+    grace: Grace,
+    only: Sequence[str] = (),
+    fall_back: bool = False,
 ) -> None:
     """Train the cascade from wherever it is to its end.
 
@@ -56,6 +62,7 @@ def train(
         stop: polled everywhere; True ends the run with its state saved.
         grace: how long that may take.
         only: names of the stages to train; empty is all.
+        fall_back: go on from the state before the newest one.
 
     Raises:
         AppError: see `app.errors` for the kinds and their exit codes.
@@ -71,6 +78,9 @@ def train(
     run_dir.ensure()
     with RunLock(run_dir.run_lock, stop) as lock:
         run_dir.reason.unlink(missing_ok=True)
+        if fall_back:
+            lock.check()
+            _fall_back(config, run_dir)
         status = RunStatus(run_dir)
         status(state="preparing data")
         report = prepare(config, workspace, stop=stop)
@@ -79,6 +89,19 @@ def train(
         store = CaseStore.open(config, workspace)
         split = split_patients(store, config, run_dir)
         _Run(config, workspace, env, stop, grace, lock.check, run_dir, status, store, split, device).train(only)
+
+
+def _fall_back(config: Config, run_dir: RunDir) -> None:
+    repeated = Attempts(run_dir).repetition()
+    why = "on request" if repeated is None else f"after {repeated.times} crashes of the same kind ({repeated.error})"
+    checkpoints = CheckpointFolder(run_dir)
+    checkpoints.recover_manifest()
+    older = set_newest_aside(checkpoints, _names(config), f"set aside {why}")
+    Attempts(run_dir).fell_back(None if older is None else older.path.name)
+    if older is None:
+        log.warning("no state was set aside: there is none before it that the run could go on from")
+    else:
+        log.warning("the newest state was set aside in %s, %s", run_dir.quarantine.name, why)
 
 
 class _Run:

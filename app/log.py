@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -72,6 +73,25 @@ def setup_logging(logs_dir: Path | None, env: Environment) -> None:
     logging.captureWarnings(True)
     for text in env.warnings:
         logging.getLogger(__name__).warning(text)
+
+
+@contextmanager
+def also_in_file(logs_dir: Path, env: Environment) -> Iterator[None]:
+    """Within the block, lines reach `train.log` too, from a process whose log goes to the terminal alone."""
+    try:
+        handler = _file_handler(logs_dir / LOG_FILE)
+    except MachineError:
+        # What is said matters more than where.
+        yield
+        return
+    handler.setFormatter(RedactingFormatter(env.secrets))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _file_handler(path: Path) -> logging.Handler:

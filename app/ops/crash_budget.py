@@ -1,11 +1,16 @@
-"""The crash budget: how often the trainer may crash without progress, counted on the volume across containers."""
+"""The crash budget: how often the trainer may crash without progress, counted on the volume across containers.
+
+Two budgets: any crashes, `BUDGET` of them; and the same error at the same step, which does not go away by trying again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,9 @@ from app.workspace import RunDir
 
 BUDGET = 5
 """Crashes in a row, none of which came further than the one before."""
+TRIES_BEFORE_FALL_BACK = 2
+"""Once may be the machine; twice the same error at the same step is the state or what it is trained on."""
+CODE = Path(__file__).resolve().parents[1]
 
 Progress = tuple[int, int, int]
 """(edge of the stage, completed epochs, completed steps) of the furthest checkpoint; (0, 0, 0) before the first."""
@@ -27,6 +35,49 @@ def progress(run_dir: RunDir) -> Progress:
             edge = int(line["stage"].removeprefix("stage_"))
             furthest = max(furthest, (edge, int(line["epochs"]), int(line["step"])))
     return furthest
+
+
+def error_place(error: BaseException) -> str:
+    """The kind of an error and the innermost line of this application that it passed: `ValueError at app/x.py:88`.
+
+    It is the same each time that the error comes again, and unlike the message it never holds a name or a path.
+    """
+    place = "an unknown place"
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if path.is_relative_to(CODE):
+            place = f"{path.relative_to(CODE.parent)}:{frame.lineno}"
+    return f"{type(error).__name__} at {place}"
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """An error that ended the trainer, and what was done about it."""
+
+    error: str
+    """See `error_place`."""
+    global_step: int
+    """Completed steps of the run when it came first."""
+    times: int = 1
+    fell_back: bool = False
+    """A trainer was told to go on from the state before."""
+    older_state: str | None = None
+    """Name of that state's file; None where there was none."""
+    final: bool = False
+    """It came again after that."""
+
+    @property
+    def wants_fall_back(self) -> bool:
+        """Whether the next attempt should begin at the state before."""
+        return self.times >= TRIES_BEFORE_FALL_BACK and not self.fell_back
+
+    def again(self, error: str, global_step: int) -> Repetition:
+        """After one more error: this one once more, or another one for the first time."""
+        # From an older state it may come earlier; whatever comes later than it did has passed it.
+        at_same_step = global_step <= self.global_step if self.fell_back else global_step == self.global_step
+        if error != self.error or not at_same_step:
+            return Repetition(error, global_step)
+        return replace(self, times=self.times + 1, final=self.fell_back)
 
 
 class Attempts:
@@ -43,9 +94,18 @@ class Attempts:
         """A trainer was started."""
         self._append({"event": "start", "pid": pid})
 
-    def ended(self, code: int, crashed: bool) -> None:
+    def ended(self, code: int, crashed: bool, hung: bool = False) -> None:
         """The trainer was seen to end; a negative code is the number of the signal that killed it."""
-        self._append({"event": "crash" if crashed else "end", "code": code, "progress": progress(self._run_dir)})
+        how = {"hang": True} if hung else {}
+        self._append({"event": "crash" if crashed else "end", "code": code, **how, "progress": progress(self._run_dir)})
+
+    def failed(self, error: BaseException, global_step: int | None) -> None:
+        """The trainer ends by an error that nobody foresaw, with this many steps of the run completed."""
+        self._append({"event": "error", "error": error_place(error), "global_step": global_step or 0})
+
+    def fell_back(self, older_state: str | None) -> None:
+        """The newest state was set aside and the run goes on from this file; None: there was no older state."""
+        self._append({"event": "fell_back", "to": older_state})
 
     def trains(self, stage: str, step: int, global_step: int, lost_steps: int) -> None:
         """A trainer goes on in `stage` after `step`; the one before had come `lost_steps` further than was saved."""
@@ -61,9 +121,12 @@ class Attempts:
         """Somebody changed what crashed: counting begins anew."""
         self._append({"event": "forgiven"})
 
-    def crashes(self) -> list[int]:
-        """Exit codes of the crashes since the last progress, the first of which stands at that progress."""
-        codes: list[int] = []
+    def crashes(self) -> list[int | None]:
+        """Exit codes of the crashes since the last progress, the first of which stands at that progress.
+
+        None is a trainer that hung and was ended.
+        """
+        codes: list[int | None] = []
         reached: Progress = (-1, -1, -1)
         for line in read_lines(self._run_dir.attempts):
             if line.get("event") == "forgiven":
@@ -73,12 +136,32 @@ class Attempts:
                 if here > reached:
                     codes = []
                 reached = max(reached, here)
-                codes.append(line["code"])
+                codes.append(None if line.get("hang") else line["code"])
         return codes if progress(self._run_dir) <= reached else []
 
+    def repetition(self) -> Repetition | None:
+        """The error of the last crash that left one, with how often it came; crashes by a signal leave none."""
+        found: Repetition | None = None
+        error: tuple[str, int] | None = None
+        for line in read_lines(self._run_dir.attempts):
+            match line.get("event"):
+                case "start":
+                    error = None
+                case "error":
+                    error = line["error"], line["global_step"]
+                case "crash" if error is not None:
+                    found = Repetition(*error) if found is None else found.again(*error)
+                    error = None
+                case "fell_back" if found is not None:
+                    found = replace(found, fell_back=True, older_state=line["to"])
+                case "forgiven":
+                    found = None
+        return found
+
     def exhausted(self) -> bool:
-        """Whether the budget is used up."""
-        return len(self.crashes()) > BUDGET
+        """Whether a budget is used up."""
+        repeated = self.repetition()
+        return len(self.crashes()) > BUDGET or (repeated is not None and repeated.final)
 
     def _append(self, line: dict[str, object]) -> None:
         path = self._run_dir.attempts

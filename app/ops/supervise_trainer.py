@@ -5,6 +5,8 @@ refused, and nothing has changed        does not train, says why again (70, 71, 
 refused: 65, 69, 78                     ends; looked at again at the next start of the container
 the data folder is empty                waits for a CT
 75, another process holds the run       waits and tries again
+the same error at the same step         again from the state before, once; then 71
+no sign of life                         is ended, with its stack traces in the log: a crash
 anything else                           a crash: again from the last checkpoint, within the crash budget
 """
 
@@ -24,10 +26,12 @@ from types import FrameType
 from app.config import Config, PodConfig
 from app.env import Environment, child_environment
 from app.errors import AppError, CrashBudgetError, DataError, LockError, MachineError, Stopped
-from app.ops.crash_budget import BUDGET, Attempts
+from app.log import LOG_FILE, also_in_file
+from app.ops.crash_budget import BUDGET, Attempts, Repetition
 from app.ops.pod import stop_this_pod
 from app.ops.refusal import finished, forget_config_refusal, leave_reason, let_stand, refusal_key, standing_refusal
 from app.ops.status import RunStatus
+from app.ops.watchdog import Watchdog
 from app.workspace import RunDir, Workspace
 
 log = logging.getLogger(__name__)
@@ -142,13 +146,13 @@ class Supervision:
         if self.stop():
             return Stopped.exit_code
         try:
-            code = self._train(run_dir)
+            code = self._train(run_dir, config.compute.hang_after_s)
         except CrashBudgetError as error:
             code = _refused(run_dir, error)
         let_stand(run_dir, code, refusal_key(config, self.stages, run_dir, data))
         return code
 
-    def _train(self, run_dir: RunDir) -> int:
+    def _train(self, run_dir: RunDir, hang_after_s: float) -> int:
         """Start the trainer, again after each crash, until it ends for good."""
         attempts = Attempts(run_dir)
         if attempts.exhausted():
@@ -156,8 +160,8 @@ class Supervision:
             attempts.forgive()
         lock_pause = FIRST_LOCK_PAUSE_S
         while True:
-            code = self._attempt(attempts)
-            if code in ENDS:
+            code = self._attempt(attempts, hang_after_s)
+            if code is not None and code in ENDS:
                 return code
             if code == LockError.exit_code:
                 log.warning("another process trains this run; trying again in %.0f s", lock_pause)
@@ -168,15 +172,24 @@ class Supervision:
             if self.stop():
                 return Stopped.exit_code
 
-    def _attempt(self, attempts: Attempts) -> int:
+    def _attempt(self, attempts: Attempts, hang_after_s: float) -> int | None:
+        """Start the trainer once; its exit code, or None where it hung and was ended."""
         command = [sys.executable, "-m", "app", "train", *self.train_arguments]
-        child = subprocess.Popen(command, env=child_environment({}))
-        self.stop.watch(child)
-        attempts.started(child.pid)
-        self._write_pids(child.pid)
-        code = child.wait()
+        repeated = attempts.repetition()
+        if repeated is not None and repeated.wants_fall_back:
+            command.append("--fall-back")
+        logs = Workspace(self.env.workspace).logs
+        with Watchdog(hang_after_s, self.stop, lambda: also_in_file(logs, self.env)) as watchdog:
+            child = watchdog.start(command, child_environment({}))
+            self.stop.watch(child)
+            attempts.started(child.pid)
+            self._write_pids(child.pid)
+            code, hung = watchdog.wait(child)
         if self.pid_file is not None:
             self.pid_file.unlink(missing_ok=True)
+        if hung and not self.stop():
+            attempts.ended(code, crashed=True, hung=True)
+            return None
         if code in STOPPED_EARLY or (self.stop() and code != 0):
             code = Stopped.exit_code
         attempts.ended(code, crashed=code not in ENDS and code != LockError.exit_code)
@@ -186,13 +199,15 @@ class Supervision:
         if self.pid_file is not None:
             self.pid_file.write_text(json.dumps([trainer]))
 
-    def _after_crash(self, attempts: Attempts, code: int, run_dir: RunDir) -> None:
+    def _after_crash(self, attempts: Attempts, code: int | None, run_dir: RunDir) -> None:
         """Wait before the next start.
 
         Raises:
             CrashBudgetError: there is no next one.
         """
-        crashes = attempts.crashes()
+        repeated, crashes = attempts.repetition(), attempts.crashes()
+        if repeated is not None and repeated.final:
+            raise CrashBudgetError(self._same_again(repeated, run_dir))
         if len(crashes) > BUDGET:
             listed = ", ".join(map(_end, crashes))
             raise CrashBudgetError(
@@ -200,15 +215,28 @@ class Supervision:
                 f"What it wrote before it ended is above and in the log; the attempts stand in {run_dir.attempts}"
             )
         pause = min(2.0 ** (len(crashes) - 1), LONGEST_CRASH_PAUSE_S)
+        wants_fall_back = repeated is not None and repeated.wants_fall_back
         log.error(
             "the trainer ended unexpectedly (%s): crash %d without progress, %d are borne; started again from its "
-            "last checkpoint in %.0f s",
+            "last checkpoint%s in %.0f s",
             _end(code),
             len(crashes),
             BUDGET,
+            " but one, because the same error came at the same step" if wants_fall_back else "",
             pause,
         )
         self.stop.wait(pause)
+
+    def _same_again(self, repeated: Repetition, run_dir: RunDir) -> str:
+        workspace = Workspace(self.env.workspace)
+        older = "there was no older state to begin from"
+        if repeated.older_state is not None:
+            older = f"it came from the state before, too ({repeated.older_state}; newer files: {run_dir.quarantine})"
+        return (
+            f"the same error ended the trainer {repeated.times} times: {repeated.error}, after {repeated.global_step} "
+            f"steps of the run; {older}. Its traceback is in {workspace.logs / LOG_FILE}. Put right what it is about: "
+            f"a file that it names, a setting, the image. The attempts stand in {run_dir.attempts}"
+        )
 
     def _wait_for_data(self, folder: Path, workspace: Workspace, run_dir: RunDir) -> None:
         """Return once there is something in the data folder or the cache, and nobody is copying any more."""
@@ -248,7 +276,9 @@ def _mark_refused(run_dir: RunDir, code: int) -> None:
             log.error("%s cannot be written: %s", run_dir.status, error.strerror)
 
 
-def _end(code: int) -> str:
+def _end(code: int | None) -> str:
+    if code is None:
+        return "it hung"
     if code >= 0:
         return f"exit code {code}"
     try:

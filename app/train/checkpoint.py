@@ -295,13 +295,17 @@ class CheckpointFolder:
                 self._set_aside(entry, reason)
         return False
 
-    def _set_aside(self, entry: FoundCheckpoint, reason: str) -> None:
+    def set_aside(self, entry: FoundCheckpoint, reason: str) -> None:
+        """Move a file to quarantine, with the reason beside it."""
         self.run_dir.quarantine.mkdir(exist_ok=True)
         target = self.run_dir.quarantine / f"{time.strftime('%Y%m%dT%H%M%S')}_{entry.path.name}"
         entry.path.replace(target)
         target.with_suffix(".txt").write_text(f"{reason}\n")
         sync_folder(self.run_dir.path)
-        log.warning("%s is damaged and was moved to %s: %s", entry.path.name, target.parent.name, reason)
+
+    def _set_aside(self, entry: FoundCheckpoint, reason: str) -> None:
+        self.set_aside(entry, reason)
+        log.warning("%s is damaged and was moved to %s: %s", entry.path.name, self.run_dir.quarantine.name, reason)
 
     def _append(self, line: dict[str, object]) -> None:
         with self.run_dir.manifest.open("a+b") as file:

@@ -1,13 +1,14 @@
-"""Where a run goes on: the furthest verified state."""
+"""Where a run goes on: the furthest verified state, or the one before it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.config import Config, StageConfig
 from app.errors import CheckpointError
-from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters
+from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters, FoundCheckpoint
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,44 @@ def describe(point: ResumePoint) -> str:
         f"resuming {point.stage.name} at epoch {point.counters.epochs}, step {point.counters.step}, "
         f"from {point.source}, verified"
     )
+
+
+def set_newest_aside(checkpoints: CheckpointFolder, stages: Sequence[str], reason: str) -> FoundCheckpoint | None:
+    """Set the furthest state aside, so that the run goes on from the one before it.
+
+    All files of that state go, or one of them would be the furthest again; what is trained again writes the same files
+    again. A finished stage stays as it is, because the next one is trained on it.
+
+    Args:
+        checkpoints: of a run whose lock is held.
+        stages: names of the run's stages, coarse to fine.
+        reason: for the text beside the files that are set aside.
+
+    Returns:
+        The state that the run goes on from now; None where there is none that is whole, and nothing was moved.
+    """
+    for index in reversed(range(len(stages))):
+        found = checkpoints.newest(stages[index])
+        if found is None:
+            continue
+        counters = found[0].counters
+        entries = checkpoints.entries(stages[index])
+        furthest = [entry for entry in entries if entry.counters == counters]
+        if any(entry.kind == "final" for entry in furthest):
+            return None
+        older = [entry for entry in entries if entry.counters < counters]
+        # A stage that has no older state of its own begins anew where the one before it ended.
+        older += [entry for name in stages[:index][-1:] for entry in checkpoints.entries(name) if entry.kind == "final"]
+        target = next((entry for entry in older if _is_usable(checkpoints, entry)), None)
+        if target is not None:
+            for entry in furthest:
+                checkpoints.set_aside(entry, reason)
+        return target
+    return None
+
+
+def _is_usable(checkpoints: CheckpointFolder, entry: FoundCheckpoint) -> bool:
+    try:
+        return checkpoints.damage(entry) is None and bool(checkpoints.load(entry))
+    except CheckpointError:
+        return False

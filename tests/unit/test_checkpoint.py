@@ -18,6 +18,7 @@ from app.errors import CheckpointError
 from app.train.checkpoint import CheckpointFolder, Counters, kinds_at_epoch_end
 from app.train.ema import tensors_hash
 from app.train.listing import checkpoint_table
+from app.train.resume import set_newest_aside
 from app.workspace import RunDir, remove_temporary_files
 
 STAGE = "stage_64"
@@ -289,3 +290,88 @@ def test_checkpoints_are_readable_by_the_group_as_the_umask_says(folder: Checkpo
     umask = os.umask(0)
     os.umask(umask)
     assert mode == 0o666 & ~umask
+
+
+def kinds_left(folder: CheckpointFolder) -> set[str]:
+    """What is not in quarantine."""
+    return {path.stem for _, _, path in folder.run_dir.checkpoints()}
+
+
+def test_falling_back_sets_all_files_of_the_furthest_state_aside(folder: CheckpointFolder) -> None:
+    """At the end of an epoch there are several; one that stayed would be the furthest again."""
+    save(folder, 5, "last", "epoch_1", epochs=1)
+    save(folder, 9, epochs=1)
+    save(folder, 10, "last", "best", "epoch_2", epochs=2)
+    older = set_newest_aside(folder, [STAGE, "stage_128"], "set aside for a reason")
+    assert older is not None
+    assert older.path.name == "stage_64_last_previous.pt"
+    assert kinds_left(folder) == {"stage_64_last_previous", "stage_64_epoch_1"}
+    assert newest_step(folder) == 9
+    kept = sorted(folder.run_dir.quarantine.glob("*.pt"))
+    assert [path.name.partition("_")[2] for path in kept] == [
+        f"stage_64_{kind}.pt" for kind in ("best", "epoch_2", "last")
+    ]
+    assert {path.with_suffix(".txt").read_text() for path in kept} == {"set aside for a reason\n"}
+    save(folder, 10, "last", "best", "epoch_2", epochs=2)
+    assert newest_step(folder) == 10
+
+
+def test_falling_back_passes_over_a_damaged_older_file(folder: CheckpointFolder) -> None:
+    """It is checked before anything is moved."""
+    save(folder, 5, "epoch_1", epochs=1)
+    save(folder, 8, epochs=1)
+    save(folder, 9, epochs=1)
+    flip_a_bit(folder.run_dir.checkpoint(STAGE, "last_previous"))
+    older = set_newest_aside(folder, [STAGE], "why")
+    assert older is not None
+    assert older.kind == "epoch_1"
+    assert newest_step(folder) == 5
+
+
+@pytest.mark.parametrize("older", ["none", "damaged"])
+def test_the_only_state_is_not_set_aside(folder: CheckpointFolder, older: str) -> None:
+    """A run that was left without a state would be refused; nothing is moved."""
+    if older == "damaged":
+        save(folder, 1)
+    save(folder, 2)
+    if older == "damaged":
+        flip_a_bit(folder.run_dir.checkpoint(STAGE, "last_previous"))
+    before = kinds_left(folder)
+    assert set_newest_aside(folder, [STAGE], "why") is None
+    assert kinds_left(folder) == before
+    assert newest_step(folder) == 2
+
+
+def test_a_finished_stage_is_not_set_aside(folder: CheckpointFolder) -> None:
+    """The next stage is trained on it."""
+    save(folder, 9, epochs=1)
+    save(folder, 10, "last", "best", "final", epochs=2)
+    before = kinds_left(folder)
+    assert set_newest_aside(folder, [STAGE, "stage_128"], "why") is None
+    assert kinds_left(folder) == before
+
+
+@pytest.mark.parametrize("parent", ["whole", "damaged"])
+def test_the_first_state_of_a_stage_falls_back_to_the_end_of_the_one_before(
+    folder: CheckpointFolder, parent: str
+) -> None:
+    """Where that is whole, the stage begins anew; the finished stage keeps its files."""
+    save(folder, 10, "last", "best", "final", epochs=2)
+    if parent == "damaged":
+        flip_a_bit(folder.run_dir.checkpoint(STAGE, "final"))
+    folder.publish("stage_128", ["last"], payload(0), Counters(0, 0))
+    older = set_newest_aside(folder, [STAGE, "stage_128"], "why")
+    finished = {f"stage_64_{kind}" for kind in ("last", "best", "final")}
+    if parent == "whole":
+        assert older is not None
+        assert older.path.name == "stage_64_final.pt"
+        assert kinds_left(folder) == finished
+    else:
+        assert older is None
+        assert kinds_left(folder) == finished | {"stage_128_last"}
+
+
+def test_a_run_without_checkpoints_has_nothing_to_set_aside(folder: CheckpointFolder) -> None:
+    """And leaves no trace, so that it may start."""
+    assert set_newest_aside(folder, [STAGE], "why") is None
+    assert not folder.any_trace()

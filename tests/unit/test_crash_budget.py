@@ -8,9 +8,10 @@ from app.errors import CheckpointError, ConfigError, CrashBudgetError, DataError
 from app.ops.crash_budget import BUDGET, Attempts, progress
 from app.ops.refusal import finished, forget_config_refusal, leave_reason, let_stand, refusal_key, standing_refusal
 from app.workspace import RunDir
-from tests.conftest import tiny_config
+from tests.conftest import ROOT, tiny_config
 
 SEGV = -11
+WORKSPACE = ROOT / "app/workspace.py"
 
 
 @pytest.fixture
@@ -192,3 +193,100 @@ def test_done_does_not_hold_without_its_checkpoints(run_dir):
     assert not finished(tiny_config(), run_dir)
     run_dir.checkpoint("stage_16", "final").unlink()
     assert not finished(tiny_config(), run_dir)
+
+
+def fail(run_dir, place="ValueError at app/x.py:1", step=7, code=1):
+    """One attempt that ends by an error."""
+    attempts = Attempts(run_dir)
+    attempts.started(1)
+    attempts._append({"event": "error", "error": place, "global_step": step})
+    attempts.ended(code, crashed=True)
+
+
+def test_an_error_is_known_by_its_kind_and_the_innermost_line_of_the_application(run_dir):
+    """What it says, which may hold names and paths, is not written down."""
+    try:
+        commit(run_dir, "patient Miller", 1, 1)
+    except ValueError as error:
+        Attempts(run_dir).failed(error, 5)
+    try:
+        json.loads("{")
+    except ValueError as error:
+        Attempts(run_dir).failed(error, None)
+    first, second = (json.loads(line) for line in run_dir.attempts.read_text().split("\n") if line)
+    line = next(n for n, text in enumerate(WORKSPACE.read_text().splitlines(), 1) if "not the name of a check" in text)
+    assert (first["error"], first["global_step"]) == (f"ValueError at app/workspace.py:{line}", 5)
+    assert (second["error"], second["global_step"]) == ("JSONDecodeError at an unknown place", 0)
+    assert "Miller" not in run_dir.attempts.read_text()
+
+
+def test_the_same_error_at_the_same_step_asks_for_the_state_before_once(run_dir):
+    """Twice, then the older state, then it is final; another try by the user begins anew."""
+    assert Attempts(run_dir).repetition() is None
+    fail(run_dir)
+    assert not Attempts(run_dir).repetition().wants_fall_back
+    fail(run_dir)
+    assert Attempts(run_dir).repetition().wants_fall_back
+    # Killed before it could fall back: the next one does.
+    Attempts(run_dir).started(1)
+    assert Attempts(run_dir).repetition().wants_fall_back
+    Attempts(run_dir).fell_back("stage_64_last_previous.pt")
+    assert not Attempts(run_dir).repetition().wants_fall_back
+    assert not Attempts(run_dir).exhausted()
+    fail(run_dir, step=6)
+    found = Attempts(run_dir).repetition()
+    assert (found.times, found.older_state, found.final) == (3, "stage_64_last_previous.pt", True)
+    assert Attempts(run_dir).exhausted()
+    Attempts(run_dir).forgive()
+    assert Attempts(run_dir).repetition() is None
+    assert not Attempts(run_dir).exhausted()
+
+
+@pytest.mark.parametrize("other", [{"place": "ValueError at app/x.py:2"}, {"step": 8}, {"step": 6}])
+def test_another_error_or_another_step_is_no_repetition(run_dir, other):
+    """Each is the first of its kind."""
+    fail(run_dir)
+    fail(run_dir, **other)
+    assert Attempts(run_dir).repetition().times == 1
+    assert not Attempts(run_dir).repetition().wants_fall_back
+
+
+def test_another_error_from_the_older_state_is_not_final(run_dir):
+    """It has its own two tries, and the older state before that one; the budget of all crashes bounds it."""
+    for place in ("A at app/x.py:1", "B at app/x.py:2", "C at app/x.py:3"):
+        fail(run_dir, place)
+        fail(run_dir, place)
+        assert Attempts(run_dir).repetition().wants_fall_back
+        assert Attempts(run_dir).exhausted() is (place[0] == "C")
+        Attempts(run_dir).fell_back("stage_64_last_previous.pt")
+
+
+def test_an_error_that_is_passed_after_falling_back_is_a_new_one(run_dir):
+    """The same line of the program at a later step has its own two tries."""
+    fail(run_dir)
+    fail(run_dir)
+    Attempts(run_dir).fell_back("stage_64_last_previous.pt")
+    fail(run_dir, step=8)
+    found = Attempts(run_dir).repetition()
+    assert (found.times, found.fell_back, found.final) == (1, False, False)
+
+
+def test_crashes_by_a_signal_are_no_errors(run_dir):
+    """They say nothing about the step, even where an earlier trainer left an error without being seen to end."""
+    fail(run_dir)
+    crash(run_dir)
+    assert Attempts(run_dir).repetition().times == 1
+    Attempts(run_dir)._append({"event": "error", "error": "ValueError at app/x.py:1", "global_step": 7})
+    crash(run_dir)
+    assert Attempts(run_dir).repetition().times == 1
+    fail(run_dir)
+    assert Attempts(run_dir).repetition().times == 2
+
+
+def test_a_hang_is_a_crash_whatever_the_exit_code(run_dir):
+    """A trainer that could save its state when it was ended left with 143."""
+    for _ in range(BUDGET + 1):
+        Attempts(run_dir).started(1)
+        Attempts(run_dir).ended(143, crashed=True, hung=True)
+    assert Attempts(run_dir).crashes() == [None] * (BUDGET + 1)
+    assert Attempts(run_dir).exhausted()

@@ -1,0 +1,24 @@
+"""What the tests that kill processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervised import Container
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Container]]:
+    """Containers, one after another on the same volume."""
+    made: list[Container] = []
+
+    def begin(*arguments: str, **options: str) -> Container:
+        made.append(Container(tmp_path, *arguments, **options))
+        return made[-1]
+
+    yield begin
+    for container in made:
+        container.close()
