@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -26,11 +26,14 @@ from app.ops.step_mark import StepMark, marked
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
-from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters
+from app.train.checkpoint import RESUME_KEY, CheckpointFolder
 from app.train.handover import Parents, measure_training_cases, new_state
+from app.train.parallel import ALONE, Ranks
 from app.train.precision import Precision, choose_device, choose_precision
 from app.train.protocols import Stop
+from app.train.resume import ResumePoint, describe, find_resume_point
 from app.train.samples import StageCases
+from app.train.silent import SilentCheckpoints, SilentLog, SilentMark, SilentStatus
 from app.train.stage import StageRun, train_stage
 from app.workspace import RunDir, Workspace, atomic_write, remove_temporary_files
 
@@ -42,28 +45,14 @@ FOLLOWERS_ON_STOP_S = 1.0
 """The same where a killed pod leaves seconds; the next attempt sends the rest."""
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where the run goes on."""
-
-    stage: StageConfig | None
-    """The stage to train; None where all are finished."""
-    found: dict[str, Any] | None
-    """The furthest checkpoint of the run; None where there is none yet."""
-    source: str
-    """Name of its file, for messages."""
-    counters: Counters
-    """Of `stage`."""
-
-    @property
-    def payload(self) -> dict[str, Any] | None:
-        """The checkpoint that `stage` goes on from; None where the stage begins."""
-        if self.found is None or self.stage is None or self.found[RESUME_KEY]["stage"] != self.stage.name:
-            return None
-        return self.found
-
-
-def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, only: Sequence[str] = ()) -> None:
+def train(
+    config: Config,
+    workspace: Workspace,
+    env: Environment,
+    stop: Stop,
+    only: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+) -> None:
     """Train the cascade from wherever it is to its end.
 
     Args:
@@ -72,29 +61,46 @@ def train(config: Config, workspace: Workspace, env: Environment, stop: Stop, on
         env: secrets of Weights & Biases.
         stop: polled everywhere; True ends the run with its state saved.
         only: names of the stages to train; empty is all.
+        ranks: this process among those that train the run together; only the first writes.
 
     Raises:
         AppError: see `app.errors` for the kinds and their exit codes.
     """
+    device = ranks.everyone(lambda: _device(config, only, ranks))
+    torch.set_num_threads(config.compute.threads)
+    torch.set_flush_denormal(True)
+    run_dir = workspace.run_dir(config.run_name)
+    with ExitStack() as held:
+        status = ranks.everyone(lambda: _take(workspace, run_dir, held) if ranks.is_first else SilentStatus())
+        store, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
+        _Run(config, workspace, env, stop, run_dir, status, store, split, device, ranks).train(only)
+
+
+def _device(config: Config, only: Sequence[str], ranks: Ranks) -> torch.device:
     unknown = sorted(set(only) - {stage.name for stage in config.stages})
     if unknown:
         raise ConfigError(f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(_names(config))}")
-    device = choose_device(config.compute)
-    torch.set_num_threads(config.compute.threads)
-    torch.set_flush_denormal(True)
+    ranks.check(stage for stage in config.stages if not only or stage.name in only)
+    return ranks.device(choose_device(config.compute))
+
+
+def _take(workspace: Workspace, run_dir: RunDir, held: ExitStack) -> RunStatus:
+    """Take the run folder for as long as `held` is open."""
     workspace.ensure()
-    run_dir = workspace.run_dir(config.run_name)
     run_dir.ensure()
-    with RunLock(run_dir.run_lock):
-        run_dir.reason.unlink(missing_ok=True)
-        status = RunStatus(run_dir)
-        status(state="preparing data")
-        report = prepare(config, workspace, stop=stop)
-        if config.data.source == "ct":
-            log.info("prepared cases:\n%s", report.table())
-        store = CaseStore.open(config, workspace)
-        split = split_patients(store, config, run_dir)
-        _Run(config, workspace, env, stop, run_dir, status, store, split, device).train(only)
+    held.enter_context(RunLock(run_dir.run_lock))
+    run_dir.reason.unlink(missing_ok=True)
+    status = RunStatus(run_dir)
+    status(state="preparing data")
+    return status
+
+
+def _prepared(config: Config, workspace: Workspace, run_dir: RunDir, stop: Stop) -> tuple[CaseStore, Split]:
+    report = prepare(config, workspace, stop=stop)
+    if config.data.source == "ct":
+        log.info("prepared cases:\n%s", report.table())
+    store = CaseStore.open(config, workspace)
+    return store, split_patients(store, config, run_dir)
 
 
 class _Run:
@@ -107,38 +113,35 @@ class _Run:
         env: Environment,
         stop: Stop,
         run_dir: RunDir,
-        status: RunStatus,
+        status: RunStatus | SilentStatus,
         store: CaseStore,
         split: Split,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.config, self.workspace, self.env, self.stop = config, workspace, env, stop
         self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
-        self.checkpoints = CheckpointFolder(run_dir)
+        self.ranks = ranks
+        self.checkpoints = CheckpointFolder(run_dir) if ranks.is_first else SilentCheckpoints(run_dir)
         self.progress = ProgressPicture(run_dir.progress_png, run_dir.tensorboard, _names(config))
         self.cases = {side: _cases(store, ids) for side, ids in (("train", split.train), ("val", split.val))}
         self.parents = Parents(
-            config, self.checkpoints, store, [*self.cases["train"], *self.cases["val"]], workspace.cache
+            config, self.checkpoints, store, [*self.cases["train"], *self.cases["val"]], workspace.cache, ranks
         )
 
     def train(self, only: Sequence[str]) -> None:
         """Find the resume point, rewind the curves to it, train what is left."""
-        remove_temporary_files(self.run_dir.path)
-        if self.config.init_from is not None:
-            self._take_over(self.config.init_from)
-        point = find_resume_point(self.config, self.checkpoints)
-        precision = self._precision(point)
-        atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
+        point, precision_name = self.ranks.first(self._begin)
+        precision = Precision(precision_name, self.device)
         if point.stage is None:
             log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
             self._finish()
             return
         log.info("%s", describe(point))
-        self._rewind(point)
-        run_log = self._open_log()
-        self.mark = self._resume_marker(point, run_log)
+        run_log, self.mark = self.ranks.everyone(lambda: self._records(point))
+        first = point.stage
         try:
-            for stage in self._pending(point.stage, only):
+            for stage in self.ranks.first(lambda: self._pending(first, only)):
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
             if not only or self.config.stages[-1].name in only:
                 self._finish()
@@ -149,6 +152,24 @@ class _Run:
         finally:
             self.mark.close()
             run_log.close(FOLLOWERS_ON_STOP_S if self.stop() else FOLLOWERS_AT_END_S)
+
+    def _begin(self) -> tuple[ResumePoint, str]:
+        """Where the run goes on, and the name of its precision; what the first process does to find out."""
+        remove_temporary_files(self.run_dir.path)
+        if self.config.init_from is not None:
+            self._take_over(self.config.init_from)
+        point = find_resume_point(self.config, self.checkpoints)
+        precision = self._precision(point)
+        atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
+        return point, precision
+
+    def _records(self, point: ResumePoint) -> tuple[RunLog | SilentLog, StepMark | SilentMark]:
+        """Where this process's curves and steps go from the resume point on."""
+        if not self.ranks.is_first:
+            return SilentLog(), SilentMark()
+        self._rewind(point)
+        run_log = self._open_log()
+        return run_log, self._resume_marker(point, run_log)
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
         """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
@@ -167,11 +188,12 @@ class _Run:
         return chosen
 
     def _finish(self) -> None:
-        atomic_write(self.run_dir.done, b"all stages are finished\n")
+        if self.ranks.is_first:
+            atomic_write(self.run_dir.done, b"all stages are finished\n")
         self.status.close("finished")
 
     def _train_stage(
-        self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog
+        self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog | SilentLog
     ) -> None:
         self.status(state="training", stage=stage.name)
         lowres = self.parents.lowres(stage, self.device, precision, self.stop)
@@ -183,10 +205,12 @@ class _Run:
         if point is None or point.payload is None:
             measure_training_cases(state, train)
         else:
-            state.restore(point.payload, point.source)
+            payload, source = point.payload, point.source
+            self.ranks.everyone(lambda: state.restore(payload, source))
+        self.ranks.share([*state.model.state_dict().values(), *state.ema.model.state_dict().values()])
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         log.info(
-            "%s: %.2f M parameters, %d training and %d validation cases, %d epochs of %d steps, %s on %s",
+            "%s: %.2f M parameters, %d training and %d validation cases, %d epochs of %d steps, %s on %s%s",
             stage.name,
             parameters / 1e6,
             len(train),
@@ -195,6 +219,7 @@ class _Run:
             stage.steps_per_epoch,
             precision.name,
             self.device,
+            f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "",
         )
         train_stage(
             state,
@@ -209,24 +234,28 @@ class _Run:
                 mark=self.mark,
                 after_epoch=self._after_epoch,
                 first_global_step=self.config.first_global_step(stage),
+                ranks=self.ranks,
             ),
         )
 
     def _after_epoch(self) -> None:
+        if isinstance(self.status, SilentStatus):
+            return
         fields = self.status.fields
         self.progress.write(f"{fields['stage']}, epoch {fields['epoch']} of {fields['epochs']}", self.status.eta_s())
 
-    def _precision(self, point: ResumePoint) -> Precision:
+    def _precision(self, point: ResumePoint) -> str:
         """The checkpoint's own precision, once its config is found to be the same run's."""
         if point.found is None:
-            return Precision(choose_precision(self.config.compute, self.device), self.device)
+            return choose_precision(self.config.compute, self.device)
         scientific, operational = differences(point.found["config"], self.config, self.run_dir.path / point.source)
         if scientific:
             raise CheckpointError(refusal(scientific))
         self._refuse_growth_of_a_parent(point, [difference.key for difference in operational])
         for difference in operational:
             log.info("changed since the last attempt: %s", difference)
-        return Precision(point.found[RESUME_KEY]["precision"], self.device)
+        precision: str = point.found[RESUME_KEY]["precision"]
+        return precision
 
     def _refuse_growth_of_a_parent(self, point: ResumePoint, changed: Sequence[str]) -> None:
         reached = point.found[RESUME_KEY]["stage"] if point.found else ""
@@ -320,43 +349,6 @@ class _Run:
                 f"init_from: {other_name}, {name}: trained on another set of cases or another split; its validation "
                 "patients may be training patients here"
             )
-
-
-def find_resume_point(config: Config, checkpoints: CheckpointFolder) -> ResumePoint:
-    """The furthest verified state of a run; damaged files on the way are set aside.
-
-    Raises:
-        CheckpointError: the run had checkpoints and none can be used.
-    """
-    for index in reversed(range(len(config.stages))):
-        stage = config.stages[index]
-        found = checkpoints.newest(stage.name)
-        if found is None:
-            continue
-        entry, payload = found
-        if entry.counters.epochs < stage.epochs or not checkpoints.whole(stage.name, "final"):
-            return ResumePoint(stage, payload, entry.path.name, entry.counters)
-        following = config.stages[index + 1] if index + 1 < len(config.stages) else None
-        return ResumePoint(following, payload, entry.path.name, Counters(0, 0))
-    if checkpoints.any_trace():
-        raise CheckpointError(
-            f"{checkpoints.run_dir.path}: this run had checkpoints and none of them can be used (the damaged ones and "
-            f"the reasons are in {checkpoints.run_dir.quarantine.name}/). It is not started over silently: put a good "
-            "checkpoint back, move the folder away, or start a run of another name (RUN_NAME=...)"
-        )
-    return ResumePoint(config.stages[0], None, "", Counters(0, 0))
-
-
-def describe(point: ResumePoint) -> str:
-    """One line for the log: fresh start, or what is resumed from where."""
-    if point.stage is None:
-        return "finished"
-    if point.payload is None:
-        return f"starting {point.stage.name}" if point.source else "fresh start"
-    return (
-        f"resuming {point.stage.name} at epoch {point.counters.epochs}, step {point.counters.step}, "
-        f"from {point.source}, verified"
-    )
 
 
 def _names(config: Config) -> list[str]:
