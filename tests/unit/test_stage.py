@@ -71,6 +71,7 @@ def set_up(folder: Path, *overrides: str, stop_after: int = 10**9) -> tuple[Stag
         draw=validation_panel,
         status=lambda **fields: None,
         stop=lambda: next(polls) >= stop_after,
+        mark=lambda step: None,
         after_epoch=lambda: None,
         first_global_step=100,
     )
