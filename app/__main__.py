@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from app.chaos_plan import add_arguments, plan_of
-from app.env import Environment
+from app.env import Environment, launcher_ranks
 from app.errors import AppError, ConfigError, LockError, MachineError, Stopped
 from app.log import setup_logging
 from app.workspace import RunDir, Workspace
@@ -111,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     try:
         env = Environment.read()
-        setup_logging(Workspace(env.workspace).logs if arguments.command == "train" else None, env)
+        place = launcher_ranks()
+        logs = Workspace(env.workspace).logs if arguments.command == "train" else None
+        setup_logging(logs, env, 0 if place is None else place.rank)
     except AppError as error:
         if arguments.command == "supervise":
             return _park(str(error))
@@ -121,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments, env))
     except AppError as error:
-        log.error("%s", error)
+        if not error.told:
+            log.error("%s", error)
         return error.exit_code
 
 
@@ -164,19 +167,22 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
     from app.cascade import train
     from app.config_file import load_config
     from app.ops.refusal import leave_reason
+    from app.train.parallel import join
 
     workspace = Workspace(env.workspace)
     run_dir: RunDir | None = None
+    ranks = join(launcher_ranks())
     try:
-        config = load_config(_config_path(arguments, env), arguments.overrides, env)
+        config = ranks.first(lambda: load_config(_config_path(arguments, env), arguments.overrides, env))
         run_dir = workspace.run_dir(config.run_name)
-        train(config, workspace, env, polled, stop, arguments.stages, arguments.fall_back)
+        train(config, workspace, env, polled, stop, arguments.stages, arguments.fall_back, ranks)
+        ranks.leave()
     except Stopped as error:
         log.info("%s; the same command goes on from here", error)
         return error.exit_code
     except AppError as error:
         # With the lock held by another process, the folder is that process's to write in.
-        if not isinstance(error, LockError):
+        if ranks.is_first and not isinstance(error, LockError):
             leave_reason(run_dir or workspace.run_dir(env.run_name), error)
         raise
     except Exception as error:

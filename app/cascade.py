@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import ExitStack
+from typing import Literal
 
 import torch
 
@@ -28,16 +29,21 @@ from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder
 from app.train.handover import Parents, measure_training_cases, new_state
 from app.train.pace import Pace
+from app.train.parallel import ALONE, Ranks
 from app.train.precision import Precision, choose_device, choose_precision
 from app.train.protocols import Grace, Stop
 from app.train.resume import ResumePoint, describe, find_resume_point, set_newest_aside
 from app.train.samples import StageCases
+from app.train.silent import SilentCheckpoints, SilentLog, SilentMark, SilentStatus
 from app.train.stage import StageRun, train_stage
+from app.train.take_over import take_over
 from app.train.volume import write_speed
 from app.workspace import RunDir, Workspace, atomic_write, remove_temporary_files
 
 log = logging.getLogger(__name__)
 
+SILENCE: tuple[SilentStatus, Callable[[], None]] = (SilentStatus(), lambda: None)
+"""In place of `_take`, in all processes of a run but the first."""
 FOLLOWERS_AT_END_S = 60.0
 """For Weights & Biases to send the rest of a finished run."""
 FOLLOWERS_ON_STOP_S = 1.0
@@ -52,6 +58,7 @@ def train(
     grace: Grace,
     only: Sequence[str] = (),
     fall_back: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train the cascade from wherever it is to its end.
 
@@ -63,32 +70,45 @@ def train(
         grace: how long that may take.
         only: names of the stages to train; empty is all.
         fall_back: go on from the state before the newest one.
+        ranks: this process among those that train the run together; only the first writes.
 
     Raises:
         AppError: see `app.errors` for the kinds and their exit codes.
     """
+    device = ranks.everyone(lambda: _device(config, only, ranks))
+    torch.set_num_threads(config.compute.threads)
+    torch.set_flush_denormal(True)
+    run_dir = workspace.run_dir(config.run_name)
+    with ExitStack() as held:
+        status, fence = ranks.everyone(
+            lambda: _take(config, workspace, run_dir, held, stop, fall_back) if ranks.is_first else SILENCE
+        )
+        store, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
+        _Run(config, workspace, env, stop, grace, fence, run_dir, status, store, split, device, ranks).train(only)
+
+
+def _device(config: Config, only: Sequence[str], ranks: Ranks) -> torch.device:
     unknown = sorted(set(only) - {stage.name for stage in config.stages})
     if unknown:
         raise ConfigError(f"--stages {' '.join(unknown)}: no such stage; this config has {', '.join(_names(config))}")
-    device = choose_device(config.compute)
-    torch.set_num_threads(config.compute.threads)
-    torch.set_flush_denormal(True)
+    ranks.check(stage for stage in config.stages if not only or stage.name in only)
+    return ranks.device(choose_device(config.compute))
+
+
+def _take(
+    config: Config, workspace: Workspace, run_dir: RunDir, held: ExitStack, stop: Stop, fall_back: bool
+) -> tuple[RunStatus, Callable[[], None]]:
+    """Take the run folder for as long as `held` is open; its status, and the question whether it is still ours."""
     workspace.ensure()
-    run_dir = workspace.run_dir(config.run_name)
     run_dir.ensure()
-    with RunLock(run_dir.run_lock, stop) as lock:
-        run_dir.reason.unlink(missing_ok=True)
-        if fall_back:
-            lock.check()
-            _fall_back(config, run_dir)
-        status = RunStatus(run_dir)
-        status(state="preparing data")
-        report = prepare(config, workspace, stop=stop)
-        if config.data.source == "ct":
-            log.info("prepared cases:\n%s", report.table())
-        store = CaseStore.open(config, workspace)
-        split = split_patients(store, config, run_dir)
-        _Run(config, workspace, env, stop, grace, lock.check, run_dir, status, store, split, device).train(only)
+    lock = held.enter_context(RunLock(run_dir.run_lock, stop))
+    run_dir.reason.unlink(missing_ok=True)
+    if fall_back:
+        lock.check()
+        _fall_back(config, run_dir)
+    status = RunStatus(run_dir)
+    status(state="preparing data")
+    return status, lock.check
 
 
 def _fall_back(config: Config, run_dir: RunDir) -> None:
@@ -104,6 +124,14 @@ def _fall_back(config: Config, run_dir: RunDir) -> None:
         log.warning("the newest state was set aside in %s, %s", run_dir.quarantine.name, why)
 
 
+def _prepared(config: Config, workspace: Workspace, run_dir: RunDir, stop: Stop) -> tuple[CaseStore, Split]:
+    report = prepare(config, workspace, stop=stop)
+    if config.data.source == "ct":
+        log.info("prepared cases:\n%s", report.table())
+    store = CaseStore.open(config, workspace)
+    return store, split_patients(store, config, run_dir)
+
+
 class _Run:
     """One attempt at a run, with the lock held."""
 
@@ -116,42 +144,35 @@ class _Run:
         grace: Grace,
         fence: Callable[[], None],
         run_dir: RunDir,
-        status: RunStatus,
+        status: RunStatus | SilentStatus,
         store: CaseStore,
         split: Split,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.config, self.workspace, self.env, self.stop, self.grace = config, workspace, env, stop, grace
         self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
-        self.fence = fence
-        self.checkpoints = CheckpointFolder(run_dir, fence)
+        self.fence, self.ranks = fence, ranks
+        self.checkpoints = CheckpointFolder(run_dir, fence) if ranks.is_first else SilentCheckpoints(run_dir)
         self.progress = ProgressPicture(run_dir.progress_png, run_dir.tensorboard, _names(config))
         self.cases = {side: _cases(store, ids) for side, ids in (("train", split.train), ("val", split.val))}
         self.parents = Parents(
-            config, self.checkpoints, store, [*self.cases["train"], *self.cases["val"]], workspace.cache
+            config, self.checkpoints, store, [*self.cases["train"], *self.cases["val"]], workspace.cache, ranks
         )
 
     def train(self, only: Sequence[str]) -> None:
         """Find the resume point, rewind the curves to it, train what is left."""
-        self.fence()
-        remove_temporary_files(self.run_dir.path)
-        self.checkpoints.recover_manifest()
-        if self.config.init_from is not None:
-            self._take_over(self.config.init_from)
-        point = find_resume_point(self.config, self.checkpoints)
-        precision = self._precision(point)
-        atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
+        point, precision_name = self.ranks.first(self._begin)
+        precision = Precision(precision_name, self.device)
         if point.stage is None:
             log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
             self._finish()
             return
         log.info("%s", describe(point))
-        self.pace = self._measure_volume()
-        self._rewind(point)
-        run_log = self._open_log()
-        self.mark = self._resume_marker(point, run_log)
+        run_log, self.mark = self.ranks.everyone(lambda: self._records(point))
+        first = point.stage
         try:
-            for stage in self._pending(point.stage, only):
+            for stage in self.ranks.first(lambda: self._pending(first, only)):
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
             if not only or self.config.stages[-1].name in only:
                 self._finish()
@@ -163,6 +184,29 @@ class _Run:
             self.mark.close()
             on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
             run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
+
+    def _begin(self) -> tuple[ResumePoint, str]:
+        """Where the run goes on, and the name of its precision; what the first process does to find out."""
+        self.fence()
+        remove_temporary_files(self.run_dir.path)
+        self.checkpoints.recover_manifest()
+        if self.config.init_from is not None:
+            other = CheckpointFolder(self.workspace.run_dir(self.config.init_from))
+            take_over(self.config, self.checkpoints, other, self.split.fingerprint)
+        point = find_resume_point(self.config, self.checkpoints)
+        precision = self._precision(point)
+        atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
+        return point, precision
+
+    def _records(self, point: ResumePoint) -> tuple[RunLog | SilentLog, StepMark | SilentMark]:
+        """Where this process's curves and steps go from the resume point on."""
+        if not self.ranks.is_first:
+            self.pace = Pace(1.0)
+            return SilentLog(), SilentMark()
+        self.pace = self._measure_volume()
+        self._rewind(point)
+        run_log = self._open_log()
+        return run_log, self._resume_marker(point, run_log)
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
         """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
@@ -181,11 +225,12 @@ class _Run:
         return chosen
 
     def _finish(self) -> None:
-        atomic_write(self.run_dir.done, b"all stages are finished\n")
+        if self.ranks.is_first:
+            atomic_write(self.run_dir.done, b"all stages are finished\n")
         self.status.close("finished")
 
     def _train_stage(
-        self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog
+        self, stage: StageConfig, point: ResumePoint | None, precision: Precision, run_log: RunLog | SilentLog
     ) -> None:
         self.status(state="training", stage=stage.name)
         lowres = self.parents.lowres(stage, self.device, precision, self.stop)
@@ -197,10 +242,12 @@ class _Run:
         if point is None or point.payload is None:
             measure_training_cases(state, train)
         else:
-            state.restore(point.payload, point.source)
+            payload, source = point.payload, point.source
+            self.ranks.everyone(lambda: state.restore(payload, source))
+        self.ranks.share([*state.model.state_dict().values(), *state.ema.model.state_dict().values()])
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         log.info(
-            "%s: %.2f M parameters, %d training and %d validation cases, %d epochs of %d steps, %s on %s",
+            "%s: %.2f M parameters, %d training and %d validation cases, %d epochs of %d steps, %s on %s%s",
             stage.name,
             parameters / 1e6,
             len(train),
@@ -209,6 +256,7 @@ class _Run:
             stage.steps_per_epoch,
             precision.name,
             self.device,
+            f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "",
         )
         train_stage(
             state,
@@ -225,10 +273,13 @@ class _Run:
                 mark=self.mark,
                 after_epoch=self._after_epoch,
                 first_global_step=self.config.first_global_step(stage),
+                ranks=self.ranks,
             ),
         )
 
     def _after_epoch(self) -> None:
+        if isinstance(self.status, SilentStatus):
+            return
         fields = self.status.fields
         headline = f"{fields['stage']}, epoch {fields['epoch']} of {fields['epochs']}"
         try:
@@ -236,17 +287,18 @@ class _Run:
         except OSError as error:
             log.warning("%s cannot be written: %s", self.run_dir.progress_png, error.strerror)
 
-    def _precision(self, point: ResumePoint) -> Precision:
+    def _precision(self, point: ResumePoint) -> str:
         """The checkpoint's own precision, once its config is found to be the same run's."""
         if point.found is None:
-            return Precision(choose_precision(self.config.compute, self.device), self.device)
+            return choose_precision(self.config.compute, self.device)
         scientific, operational = differences(point.found["config"], self.config, self.run_dir.path / point.source)
         if scientific:
             raise CheckpointError(refusal(scientific))
         self._refuse_growth_of_a_parent(point, [difference.key for difference in operational])
         for difference in operational:
             log.info("changed since the last attempt: %s", difference)
-        return Precision(point.found[RESUME_KEY]["precision"], self.device)
+        precision: str = point.found[RESUME_KEY]["precision"]
+        return precision
 
     def _refuse_growth_of_a_parent(self, point: ResumePoint, changed: Sequence[str]) -> None:
         reached = point.found[RESUME_KEY]["stage"] if point.found else ""
@@ -318,45 +370,6 @@ class _Run:
             CONFIG, "\n".join(f"    {line}" for line in resolved_yaml(self.config.without_paths()).splitlines()), 0
         )
         return run_log
-
-    def _take_over(self, other_name: str) -> None:
-        """Copy the finished stages of another run; only before this run has checkpoints of its own.
-
-        Raises:
-            CheckpointError: the other run has no finished stage, or it was trained with other settings or cases.
-        """
-        if self.checkpoints.any_trace():
-            return
-        other = CheckpointFolder(self.workspace.run_dir(other_name))
-        taken = []
-        for stage in self.config.stages:
-            files = [other.newest(stage.name, kinds=(kind,)) for kind in ("best", "final")]
-            found = [file for file in files if file is not None]
-            if len(found) < len(files):
-                break
-            for entry, payload in found:
-                self._same_stage(stage, entry.path.name, other_name, payload)
-                self.checkpoints.take_over(entry)
-            taken.append(stage.name)
-        if not taken:
-            raise CheckpointError(
-                f"init_from: {other_name}: {other.run_dir.path} has no finished {self.config.stages[0].name} "
-                "(its _best.pt and _final.pt). Name a run that has, or remove init_from"
-            )
-        log.info("init_from: took over %s from %s", ", ".join(taken), other_name)
-
-    def _same_stage(self, stage: StageConfig, name: str, other_name: str, payload: dict[str, Any]) -> None:
-        scientific, _ = differences(payload["config"], self.config, self.run_dir.path / name)
-        index = self.config.stages.index(stage)
-        mine = {f"stages.{each.name}." for each in self.config.stages[index + 1 :]}
-        relevant = [change for change in scientific if not any(change.key.startswith(prefix) for prefix in mine)]
-        if relevant:
-            raise CheckpointError(f"init_from: {other_name}, {name}: {refusal(relevant)}")
-        if payload[RESUME_KEY]["fingerprint"] != self.split.fingerprint:
-            raise CheckpointError(
-                f"init_from: {other_name}, {name}: trained on another set of cases or another split; its validation "
-                "patients may be training patients here"
-            )
 
 
 def _names(config: Config) -> list[str]:

@@ -150,6 +150,28 @@ class Environment:
         return self.wandb_api_key is not None or self.wandb_mode == "offline"
 
 
+@dataclass(frozen=True)
+class LauncherRanks:
+    """This process's place among those that torch's elastic launcher started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Among the processes of this machine: the number of its GPU."""
+
+
+def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | None:
+    """The place of a process that `torch.distributed.run` started, or None.
+
+    RANK and WORLD_SIZE alone are not enough: RunPod's clusters set such variables for every process of a pod, and a
+    plain `python -m app train` that believed them would wait for processes that nobody starts.
+    """
+    environ = os.environ if environ is None else environ
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return None
+    return LauncherRanks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]))
+
+
 def child_environment(added: Mapping[str, str]) -> dict[str, str]:
     """What a child process gets: this process's variables, the defaults of ours that are unset, and `added`."""
     defaults = {variable.name: variable.default for variable in VARIABLES if variable.default}

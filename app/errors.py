@@ -16,6 +16,8 @@ class AppError(Exception):
     """Base of every error with a message for the user; `app.__main__` turns it into its exit code."""
 
     exit_code = 1
+    told = False
+    """Whether another process of the run tells the user."""
 
 
 class DataError(AppError):

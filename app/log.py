@@ -22,8 +22,9 @@ HIDDEN = "[hidden]"
 class RedactingFormatter(logging.Formatter):
     """`2026-01-31T23:59:59Z INFO app.train: text`; secrets are hidden in the finished text, tracebacks included."""
 
-    def __init__(self, secrets: Iterable[Secret]) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
+    def __init__(self, secrets: Iterable[Secret], rank: int = 0) -> None:
+        who = f"rank {rank} " if rank else ""
+        super().__init__(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
         self.converter = time.gmtime
         self._values = [secret.reveal() for secret in secrets]
 
@@ -53,25 +54,28 @@ class LogFileHandler(logging.FileHandler):
             super().handleError(record)
 
 
-def setup_logging(logs_dir: Path | None, env: Environment) -> None:
+def setup_logging(logs_dir: Path | None, env: Environment, rank: int = 0) -> None:
     """Sends the log of the whole process to stderr and, where a folder is given, to the end of `train.log` in it.
+
+    Of several processes that train one run the first one speaks; from the others come warnings and errors alone, on
+    stderr, with their rank.
 
     Raises:
         MachineError: the file cannot be opened.
     """
     handlers: list[logging.Handler] = [TerminalHandler(sys.stderr)]
-    if logs_dir is not None:
+    if logs_dir is not None and rank == 0:
         handlers.append(_file_handler(logs_dir / LOG_FILE))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
         old.close()
     for handler in handlers:
-        handler.setFormatter(RedactingFormatter(env.secrets))
+        handler.setFormatter(RedactingFormatter(env.secrets, rank))
         root.addHandler(handler)
-    root.setLevel(env.log_level)
+    root.setLevel(env.log_level if rank == 0 else max(logging.WARNING, logging.getLevelName(env.log_level)))
     logging.captureWarnings(True)
-    for text in env.warnings:
+    for text in env.warnings if rank == 0 else ():
         logging.getLogger(__name__).warning(text)
 
 

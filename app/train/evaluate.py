@@ -19,6 +19,7 @@ from app.model.diffusion import log_snr
 from app.physics.attenuation import x_to_hu, x_to_mu
 from app.train.loss import sample_losses
 from app.train.metrics import psnr_db
+from app.train.parallel import ALONE, Ranks, interleaved
 from app.train.protocols import CasePicture, Stop
 from app.train.randomness import volume_noise
 from app.train.reconstruct import reconstruct
@@ -42,30 +43,38 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: StageModel, cases: StageCases, config: Config, pictures: int, stop: Stop) -> Validation:
+def validate(
+    model: StageModel, cases: StageCases, config: Config, pictures: int, stop: Stop, ranks: Ranks = ALONE
+) -> Validation:
     """Losses of `model` on the first `validation.cases` held-out cases, and samples of the first `pictures`.
 
+    Several processes share the chunks, whose make-up is fixed, and put them together in order: the figures are those of
+    one process, bit for bit. Only the first process samples; the pictures and their PSNR are its own.
+
     Raises:
-        Stopped: `stop` asked for it; nothing was changed.
+        Stopped: `stop` asked for it, in this process or in another one of the run; nothing was changed.
     """
     device = model.mean.device
     count = min(config.validation.cases, len(cases))
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    diffusion: list[Tensor] = []
-    physics: list[Tensor] = []
-    for chunk, batch in zip(chunks, batches(cases, chunks, device, config.data.hu_window), strict=True):
-        losses = _losses_at_levels(model, [cases.cases[i] for i in chunk], batch, config, stop)
-        diffusion.append(losses[0])
-        physics.append(losses[1])
-    psnr, gain, drawn = _sampled(model, cases, min(pictures, count), config, stop)
-    return Validation(
-        torch.cat(diffusion).double().mean().item(), torch.cat(physics).double().mean().item(), psnr, gain, drawn
-    )
+    mine = ranks.mine(chunks)
+
+    def losses() -> list[Tensor]:
+        loaded = batches(cases, mine, device, config.data.hu_window)
+        return [
+            _losses_at_levels(model, [cases.cases[i] for i in chunk], batch, config, stop).cpu()
+            for chunk, batch in zip(mine, loaded, strict=True)
+        ]
+
+    terms = torch.cat(interleaved(ranks.gather(ranks.everyone(losses))), dim=1).to(device)
+    diffusion, physics = (term.double().mean().item() for term in terms)
+    shown = min(pictures, count) if ranks.is_first else 0
+    psnr, gain, drawn = ranks.everyone(lambda: _sampled(model, cases, shown, config, stop))
+    return Validation(diffusion, physics, psnr, gain, drawn)
 
 
-def _losses_at_levels(
-    model: StageModel, cases: Sequence[Case], batch: Batch, config: Config, stop: Stop
-) -> tuple[Tensor, Tensor]:
+def _losses_at_levels(model: StageModel, cases: Sequence[Case], batch: Batch, config: Config, stop: Stop) -> Tensor:
+    """(2, K B): diffusion and physics losses."""
     condition = model.condition(batch.xrays, torch.ones_like(batch.xrays[:, :, 0, 0]), batch.lowres)
     diffusion, physics = [], []
     for level in range(config.validation.noise_levels):
@@ -77,7 +86,7 @@ def _losses_at_levels(
         losses = sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
         diffusion.append(losses.diffusion)
         physics.append(losses.physics)
-    return torch.cat(diffusion), torch.cat(physics)
+    return torch.stack([torch.cat(diffusion), torch.cat(physics)])
 
 
 def _sampled(

@@ -18,6 +18,7 @@ from app.model.denoiser import StageModel
 from app.physics.attenuation import hu_to_x
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder
 from app.train.ema import EMA, tensors_hash
+from app.train.parallel import ALONE, Ranks
 from app.train.precision import Precision
 from app.train.protocols import Stop
 from app.train.randomness import derive_seed
@@ -35,9 +36,16 @@ class Parents:
     """The finished stages of a run: their models, and their outputs for every case."""
 
     def __init__(
-        self, config: Config, checkpoints: CheckpointFolder, store: CaseStore, cases: Sequence[Case], cache: Path
+        self,
+        config: Config,
+        checkpoints: CheckpointFolder,
+        store: CaseStore,
+        cases: Sequence[Case],
+        cache: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`cases` are those that any stage will see; `cache` is the workspace's."""
+        self.ranks = ranks
         self.config, self.checkpoints, self.store, self.cache = config, checkpoints, store, cache
         self.cases = sorted(cases, key=lambda case: case.content)
         self._hashes: dict[str, str] = {}
@@ -59,14 +67,17 @@ class Parents:
             return None
         parent = self.config.stages[index - 1]
         folder = self._folder(parent)
-        if not all(folder.path(case).exists() for case in self.cases):
+        if not self.ranks.first(lambda: all(folder.path(case).exists() for case in self.cases)):
             grandparent = self.lowres(parent, device, precision, stop)
             model = load_ema(self.config, parent, *self._best(parent)).to(device)
             with precision.autocast():
-                hand_over(model, self.store, self.cases, grandparent, folder, self.config, stop)
+                hand_over(model, self.store, self.cases, grandparent, folder, self.config, stop, self.ranks)
         return folder
 
     def _best(self, stage: StageConfig) -> tuple[dict[str, Any], Path]:
+        return self.ranks.first(lambda: self._find_best(stage))
+
+    def _find_best(self, stage: StageConfig) -> tuple[dict[str, Any], Path]:
         found = self.checkpoints.newest(stage.name, kinds=("best",))
         if found is None:
             raise CheckpointError(

@@ -19,6 +19,7 @@ from app.errors import Stopped
 from app.model.denoiser import StageModel
 from app.model.diffusion import sample
 from app.physics.attenuation import x_to_hu
+from app.train.parallel import ALONE, Ranks
 from app.train.protocols import Stop
 from app.train.randomness import volume_noise
 from app.train.samples import LowresFolder, StageCases, batches
@@ -73,20 +74,25 @@ def hand_over(
     target: LowresFolder,
     config: Config,
     stop: Stop,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the parent's output for every case into `target`; whole chunks that are there already are kept.
 
+    Several processes share the chunks; all of them are written when this returns.
+
     Raises:
-        Stopped: `stop` asked for it; finished chunks stay.
+        Stopped: `stop` asked for it, in this process or in another one of the run; finished chunks stay.
     """
     stage, window, device = parent.stage, config.data.hu_window, parent.mean.device
     chunks = [cases[start : start + HAND_OVER_CHUNK] for start in range(0, len(cases), HAND_OVER_CHUNK)]
-    missing = [chunk for chunk in chunks if not all(target.path(case).exists() for case in chunk)]
+    # As the first process sees it: while this one looks, others may have begun to write.
+    missing = ranks.first(lambda: [chunk for chunk in chunks if not all(target.path(case).exists() for case in chunk)])
     if not missing:
         return
     target.folder.mkdir(parents=True, exist_ok=True)
     log.info("hand-over: %s makes the low-resolution volumes of %d cases", stage.name, sum(map(len, missing)))
-    for chunk in tqdm(missing, desc=f"hand-over of {stage.name}", unit="chunk", disable=None):
+
+    def make(chunk: Sequence[Case]) -> None:
         dataset = StageCases(store, chunk, stage.resolution, parent_lowres)
         batch = next(batches(dataset, [range(len(chunk))], device, window))
         noise = torch.stack(
@@ -99,3 +105,10 @@ def hand_over(
         for case, volume in zip(chunk, volumes.round().cpu().numpy()[:, 0].astype(np.int16), strict=True):
             with atomic_file(target.path(case)) as file:
                 np.save(file, volume)
+
+    def make_mine() -> None:
+        silent = None if ranks.is_first else True
+        for chunk in tqdm(ranks.mine(missing), desc=f"hand-over of {stage.name}", unit="chunk", disable=silent):
+            make(chunk)
+
+    ranks.everyone(make_mine)

@@ -20,11 +20,13 @@ from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.evaluate import Validation, validate
 from app.train.loss import SampleLosses, sample_losses
 from app.train.pace import Pace
+from app.train.parallel import ALONE, Ranks
 from app.train.protocols import Draw, Grace, RunLog, Status, Stop
 from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
 from app.train.samples import Batch, StageCases, batches
 from app.train.saver import Saver, SaveReport
 from app.train.schedule import ema_decay, learning_rate, physics_weight
+from app.train.silent import SilentSaver
 from app.train.state import StageState
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class StageRun:
     """Called when an epoch is complete and saved."""
     first_global_step: int
     """Optimizer steps of all earlier stages; the `perf/` tags stand on the sum."""
+    ranks: Ranks = ALONE
+    """This process among those that train the stage together; what writes is silent but in the first."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ def train_stage(state: StageState, run: StageRun) -> None:
     """
     stage, progress, config = state.stage, state.progress, state.config
     state.model.train()
-    saver = Saver(run.checkpoints, config.checkpoint, run.pace, run.run_log.flush, run.grace, run.status)
+    saver = (
+        Saver(run.checkpoints, config.checkpoint, run.pace, run.run_log.flush, run.grace, run.status)
+        if run.ranks.is_first
+        else SilentSaver()
+    )
     try:
         if progress.step == 0:
             _log_validation(state, run, _validate(state, run))
@@ -99,7 +107,7 @@ def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
     loader = _epoch_batches(state, run)
     tick = time.monotonic()
     while state.step_in_epoch < stage.steps_per_epoch:
-        values = train_step(state, loader, weight, run.stop)
+        values = train_step(state, loader, weight, run.stop, run.ranks)
 
         now = time.monotonic()
         seconds, tick = now - tick, now
@@ -126,32 +134,38 @@ def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
             tick = time.monotonic()
 
 
-def train_step(state: StageState, loader: Iterator[Batch], weight: float, stop: Stop) -> StepValues:
+def train_step(
+    state: StageState, loader: Iterator[Batch], weight: float, stop: Stop, ranks: Ranks = ALONE
+) -> StepValues:
     """One optimizer update from `batch` samples, in micro-batches; the weights move in the last lines or not at all.
 
     Raises:
-        Stopped: asked to stop between two micro-batches.
+        Stopped: asked to stop between two micro-batches, in this process or in another one of the run.
         NumericsError: the loss or the gradient is not finite.
     """
     config, stage, step = state.config, state.stage, state.progress.step + 1
     draws = step_draws(stage.batch, config.diffusion, config.seed, stage.name, step)
-    micro_batches = [next(loader) for _ in range(stage.batch // (stage.micro_batch or stage.batch))]
+    mine = ranks.samples(stage.batch)
+    micro_batches = [next(loader) for _ in range(len(mine) // ranks.micro_batch(stage))]
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(step, stage, config.optimizer)
 
     while True:
         state.optimizer.zero_grad(set_to_none=True)
-        terms = []
+        terms, stopped = torch.zeros(len(micro_batches), 2, device=state.model.mean.device), False
         for index, batch in enumerate(micro_batches):
-            if stop():
-                raise Stopped("stopped in training")
-            losses = _losses(state, batch, draws, index * len(batch.x_0), step)
+            if stopped := stop():
+                break
+            losses = _losses(state, batch, draws, mine.start + index * len(batch.x_0), step)
             diffusion, physics = losses.diffusion.mean(), losses.physics.mean()
             state.precision.backward((diffusion + weight * physics) / len(micro_batches))
-            terms.append(torch.stack([diffusion.detach(), physics.detach()]))
+            terms[index] = torch.stack([diffusion.detach(), physics.detach()])
+        # Nobody leaves before the others know: they would wait for the gradients of a process that is gone.
+        mean, stopped = ranks.reduce_step(state.model, terms.mean(0), stopped)
+        if stopped:
+            raise Stopped("stopped in training")
         state.precision.unscale(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.gradient_clip)
-        mean = torch.stack(terms).mean(0)
         values = StepValues(*torch.stack([mean[0], mean[1], norm]).tolist())
         if not math.isfinite(values.diffusion + values.physics):
             raise NumericsError(_not_finite(state, step, values))
@@ -187,13 +201,12 @@ def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step:
 
 
 def _epoch_batches(state: StageState, run: StageRun) -> Iterator[Batch]:
-    """The micro-batches of the epoch under way, from the next step on."""
+    """This process's micro-batches of the epoch under way, from the next step on."""
     config, stage = state.config, state.stage
     samples = stage.steps_per_epoch * stage.batch
     order = epoch_order(len(run.train), samples, config.seed, stage.name, state.progress.epochs)
     order = order[state.step_in_epoch * stage.batch :]
-    size = stage.micro_batch or stage.batch
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    chunks = run.ranks.micro_batches(order, stage)
     device = state.model.mean.device
     return batches(run.train, chunks, device, config.data.hu_window, config.compute.workers)
 
@@ -271,7 +284,7 @@ def _validate(state: StageState, run: StageRun) -> Validation:
     is_last = epochs == state.stage.epochs
     shown = config.validation.pictures if is_last or epochs % config.logging.images_every_n_epochs == 0 else 0
     with state.precision.autocast():
-        validation = validate(state.ema.model, run.val, config, shown, run.stop)
+        validation = validate(state.ema.model, run.val, config, shown, run.stop, run.ranks)
     if not math.isfinite(validation.diffusion + validation.physics):
         raise NumericsError(
             f"{state.stage.name}: the validation loss after {state.progress.epochs} epochs is not finite. The last "

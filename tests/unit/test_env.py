@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from app.env import VARIABLES, Environment, Secret
+from app.env import VARIABLES, Environment, LauncherRanks, Secret, launcher_ranks
 from app.errors import ConfigError
 
 
@@ -87,3 +87,10 @@ def test_a_value_outside_the_choices_is_an_error(environ, message):
     with pytest.raises(ConfigError) as caught:
         Environment.read(environ)
     assert str(caught.value) == message
+
+
+def test_only_the_elastic_launcher_makes_a_process_one_of_several():
+    """RunPod's clusters set WORLD_SIZE and its like for every process; TORCHELASTIC_RUN_ID is the launcher's own."""
+    ranks = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    assert launcher_ranks(ranks) is None
+    assert launcher_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == LauncherRanks(rank=3, size=8, local_rank=1)
