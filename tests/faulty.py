@@ -5,7 +5,7 @@ FAULT is the name of a function below. The application itself has no switches fo
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
 import os
 import signal
 import sys
@@ -27,7 +27,8 @@ import app.train.stage
 from app.train.checkpoint import CheckpointFolder, _HashingFile
 
 LINGER_S = 0.4
-NATIVE_S = 120
+NATIVE_ROUNDS = 10**9
+"""Minutes, which no signal cuts short."""
 
 
 def kill() -> None:
@@ -184,7 +185,7 @@ def in_native_call(nth: Nth) -> None:
         nth.left -= 1
         if nth.left == 0:
             Path(os.environ["REACHED"]).touch()
-            ctypes.CDLL(None).sleep(NATIVE_S)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", NATIVE_ROUNDS)
 
     before(app.train.stage, "_losses", fault)
 

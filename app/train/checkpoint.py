@@ -64,7 +64,7 @@ class Counters:
 
 
 UNREADABLE = Counters(sys.maxsize, 0)
-"""Of a file that no line knows and that cannot be read: it sorts first, is looked at, and is set aside."""
+"""Of a file that cannot be read: it sorts first, is looked at, and is set aside."""
 
 
 @dataclass(frozen=True)
@@ -227,12 +227,9 @@ class CheckpointFolder:
         for stage_name, kind, path in self.run_dir.checkpoints():
             if stage is not None and stage_name != stage:
                 continue
-            known = by_name.get(path.name)
-            if known is None:
-                counters, sha256 = _read_counters(path), None
-            else:
-                counters, sha256 = Counters(known["epochs"], known["step"]), known["sha256"]
-            found.append(FoundCheckpoint(path, stage_name, kind, counters, sha256))
+            # A pending line may be ahead of the file: what counts stands in the file itself.
+            sha256 = by_name[path.name]["sha256"] if path.name in by_name else None
+            found.append(FoundCheckpoint(path, stage_name, kind, _read_counters(path), sha256))
         return sorted(found, key=lambda entry: (entry.counters, entry.kind), reverse=True)
 
     def any_trace(self) -> bool:
@@ -357,7 +354,7 @@ def _damaged_record(path: Path) -> str | None:
 
 
 def _read_counters(path: Path) -> Counters:
-    """Counters of a file that the manifest does not know."""
+    """Counters of a file, by its content; tensors are not read."""
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return Counters(payload["epoch"] + 1, payload[RESUME_KEY]["step"])

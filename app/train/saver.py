@@ -126,6 +126,8 @@ class _Shared:
     published: Counters | None = None
     report: SaveReport | None = None
     failures: int = 0
+    failing: bool = False
+    """The volume has refused a save and has taken none since."""
 
 
 class Saver:
@@ -343,11 +345,12 @@ class Saver:
         except OSError as error:
             shared.failures += 1
             log.log(
-                logging.ERROR if job.error is None else logging.DEBUG,
+                logging.DEBUG if shared.failing else logging.ERROR,
                 "%s: a checkpoint cannot be written: %s. Training goes on, older files are whole, it is tried again",
                 job.stage,
                 error.strerror or error,
             )
+            shared.failing = True
             return error
         except AppError as error:
             shared.fatal = error
@@ -360,9 +363,9 @@ class Saver:
         kind = job.kinds.pop(0)
         self._pace.wrote(seconds, job.buffers.size)
         with shared.lock:
-            if job.error is not None:
+            if shared.failing:
                 log.info("%s_%s.pt: the volume takes checkpoints again", job.stage, kind)
-                job.error = None
+            job.error, shared.failing = None, False
             shared.last_good, shared.published = time.monotonic(), job.counters
             values = (
                 self._pace.blocked_s,
