@@ -188,14 +188,15 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
     except Exception as error:
         full = _volume_problem(error)
         if full is None:
-            if run_dir is not None:
+            if run_dir is not None and ranks.is_first:
                 _record(error, run_dir)
             raise
         problem = MachineError(
             f"{workspace.root}: {full.strerror}. The checkpoints so far are whole. Make room or mount a larger volume, "
             "then run the same command: it goes on from the last of them"
         )
-        leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
+        if ranks.is_first:
+            leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
         raise problem from error
     return 0
 

@@ -87,7 +87,8 @@ def train_stage(state: StageState, run: StageRun) -> None:
         while progress.epochs < stage.epochs:
             _train_epoch(state, run, saver)
             _end_epoch(state, run, saver)
-        saver.drain()
+        # The first process may be stopped while it waits for the volume, and the others would wait for it.
+        run.ranks.everyone(saver.drain)
     except Stopped:
         here = f"epoch {progress.epochs}, step {progress.step}"
         if saver.save_before_leaving(state):

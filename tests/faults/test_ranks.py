@@ -165,12 +165,13 @@ def test_a_process_that_dies_takes_the_other_with_it(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_divided_ends_all_processes(tmp_path: Path) -> None:
-    """Exit code 78 in both, the reason once."""
+    """Exit code 78, the reason once. The launcher may kill the second process before it has left by itself."""
     process = start_two(tmp_path, "--set", "stages.*.batch=3")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert output.count("stages.stage_8.batch: 3 samples cannot be divided equally among 2 processes") == 1
-    assert output.count("exitcode  : 78") == 2, output
+    assert "exitcode  : 78" in output[output.index("Root Cause") :], output
+    assert "is gone" not in output
 
 
 def test_variables_of_a_cluster_do_not_make_a_process_wait(tmp_path: Path, alone: Path) -> None:
