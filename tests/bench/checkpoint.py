@@ -1,7 +1,7 @@
-"""How long training waits for a save of a large state: ours beside three others, in one run (`scripts/bench checkpoint`).
+"""How long training waits for a save of a large state: ours beside three others, in one run.
 
-Each way saves the same state in turn, so that all meet the same disk; the blocked time is what the training thread loses
-before it may change the state. Between two saves a product of matrices stands in for training steps.
+Each way saves the same state in turn, so that all meet the same disk; the blocked time is what the training thread
+loses before it may change the state. Between two saves a product of matrices stands in for training steps.
 """
 
 from __future__ import annotations
@@ -200,9 +200,8 @@ def main() -> None:
         blocked = [1000 * value for value in values["blocked_s"]]
         median = statistics.median(blocked)
         total = statistics.median(values["total_s"])
-        print(
-            f"{name:24} {median:18.1f} {min(blocked):7.1f} {max(blocked):7.1f} {median / 1000 / ours:11.1f} {total:10.2f}"
-        )
+        times = median / 1000 / ours
+        print(f"{name:24} {median:18.1f} {min(blocked):7.1f} {max(blocked):7.1f} {times:11.1f} {total:10.2f}")
     mine = found["this project"]
     print(f"this project: verify (sha256) {mine['verify_s'][0]:.2f} s, load {mine['load_s'][0]:.2f} s")
 
