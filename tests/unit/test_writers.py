@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from app.errors import MachineError
+from app.errors import LockError, MachineError
 from app.ops.event_files import EventReader
 from app.ops.layout import layout
 from app.ops.writers import LAYOUT_TAG, RunLog, TensorBoardLog
@@ -142,8 +142,10 @@ def test_a_scalar_costs_less_than_50_microseconds(tmp_path: Path) -> None:
     assert best < 50e-6
 
 
-def test_a_full_disk_stops_the_run_with_a_message_and_leaves_no_hole(tmp_path: Path) -> None:
-    """The error names the file; what the disk took in part is completed when there is room again."""
+def test_points_wait_in_memory_while_the_disk_is_full_and_leave_no_hole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logging goes on, a flush fails, it is said once; what the disk took in part is completed when there is room."""
     log = TensorBoardLog(tmp_path, flush_s=60)
     real = log._file
 
@@ -165,19 +167,34 @@ def test_a_full_disk_stops_the_run_with_a_message_and_leaves_no_hole(tmp_path: P
 
     log._file = Full()  # type: ignore[assignment]
     log.scalars({"a": 1.0}, 1)
-    message = (
-        f"cannot write the event file {log.path}: No space left on device. Make its volume writable and free some "
-        f"space; the run goes on from its last checkpoint"
-    )
-    with pytest.raises(MachineError, match=re.escape(message)):
-        log.flush()
-    with pytest.raises(MachineError, match=re.escape(message)):
-        log.scalars({"a": 1.0}, 2)
+    for step in (2, 3):
+        with pytest.raises(OSError, match="No space left on device"):
+            log.flush()
+        log.scalars({"a": 1.0}, step)
+    assert caplog.text.count(f"{log.path} takes no more points (No space left on device): they wait in memory") == 1
     log._file = real
     log.flush()
-    log.scalars({"a": 1.0}, 3)
+    log.scalars({"a": 1.0}, 4)
     log.close()
-    assert [event.step for event in EventReader(tmp_path).poll() if event.summary.value] == [1, 3]
+    assert [event.step for event in EventReader(tmp_path).poll() if event.summary.value] == [1, 2, 3, 4]
+
+
+def test_a_fence_keeps_a_process_that_lost_the_run_from_logging(tmp_path: Path) -> None:
+    """Its points never reach the file."""
+    ours = True
+
+    def fence() -> None:
+        if not ours:
+            raise LockError("the run is another's")
+
+    log = TensorBoardLog(tmp_path, flush_s=60, fence=fence)
+    log.scalars({"a": 1.0}, 1)
+    log.flush()
+    ours = False
+    log.scalars({"a": 1.0}, 2)
+    with pytest.raises(LockError):
+        log.flush()
+    assert [event.step for event in EventReader(tmp_path).poll() if event.summary.value] == [1]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path: Path) -> None:
