@@ -149,7 +149,7 @@ def test_a_failed_volume_is_waited_out_in_order(
         "last_previous": (2, 2.0, 2.0),
     }
     assert caplog.text.count("a checkpoint cannot be written: No space left on device") == 1
-    assert caplog.text.count("the volume takes checkpoints again") == 1
+    assert caplog.text.count(".pt: the volume takes checkpoints again") == 1
 
 
 def test_training_pauses_after_half_an_hour_without_a_save(
