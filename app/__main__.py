@@ -373,19 +373,29 @@ def _config_path(arguments: argparse.Namespace, env: Environment) -> str:
 
 
 def _leave_stopped() -> None:
-    """Leave without taking the interpreter down: with torch in it that takes seconds, and a stopped pod has five."""
+    """After a signal, from any thread."""
+    _leave(Stopped.exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    """Leave without taking the interpreter down.
+
+    With torch in it that takes seconds, of which a stopped pod has five; a signal would meet the default handlers in
+    them, and threads of the communication between processes may abort in them.
+    """
     # torch raises in its handler of SIGCHLD when a loading process ends.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     logging.shutdown()
     sys.stdout.flush()
+    sys.stderr.flush()
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(Stopped.exit_code)
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":
     exit_code = main()
-    if exit_code == Stopped.exit_code:
-        _leave_stopped()
+    if exit_code == Stopped.exit_code or sys.argv[1:2] == ["train"]:
+        _leave(exit_code)
     sys.exit(exit_code)
