@@ -380,8 +380,7 @@ def _leave_stopped() -> None:
 def _leave(exit_code: int) -> None:
     """Leave without taking the interpreter down.
 
-    With torch in it that takes seconds, of which a stopped pod has five; a signal would meet the default handlers in
-    them, and threads of the communication between processes may abort in them.
+    With torch in it that takes seconds, in which a signal meets the default handlers and threads of gloo may abort.
     """
     # torch raises in its handler of SIGCHLD when a loading process ends.
     if threading.current_thread() is threading.main_thread():
