@@ -27,7 +27,7 @@ STAGE = "stage_64"
 def payload(step: int, epochs: int = 0) -> dict[str, Any]:
     """A small checkpoint with all keys."""
     return {
-        "model_state_dict": {"weight": torch.full((64, 64), float(step))},
+        "model_state_dict": {"weight": torch.full((256, 256), float(step))},
         "optimizer_state_dict": {},
         "scaler_state_dict": {"scale": 1.0},
         "epoch": epochs - 1,
@@ -97,7 +97,7 @@ def truncate(path: Path) -> None:
 def hole(path: Path) -> None:
     """As a lost block leaves it."""
     data = bytearray(path.read_bytes())
-    data[4096:12288] = bytes(8192)
+    data[4096 : 4096 + 65536] = bytes(65536)
     path.write_bytes(data)
 
 
@@ -108,7 +108,7 @@ def empty(path: Path) -> None:
 
 def garbage(path: Path) -> None:
     """Not a zip file at all."""
-    path.write_bytes(os.urandom(20_000))
+    path.write_bytes(os.urandom(300_000))
 
 
 @pytest.mark.parametrize("manifest", ["kept", "lost"])
