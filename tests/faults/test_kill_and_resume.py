@@ -72,14 +72,16 @@ def test_sigterm_saves_the_last_step_and_exits_143(tmp_path: Path, uninterrupted
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path, uninterrupted: Path) -> None:
-    """Two loading processes instead of none, across a SIGTERM: workers only load."""
+    """Four loading processes, then none, then four again, across two SIGTERMs: workers only load."""
     run = tmp_path / RUN
-    process = start(tmp_path, *SAVE_SOMETIMES, "--set", "compute.workers=2")
-    wait_until(has_step(run, "stage_8", 2), process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 143, output
-    code, output = train(tmp_path, *SAVE_SOMETIMES)
+    four = ("--set", "compute.workers=4")
+    for workers, reached in ((four, has_step(run, "stage_8", 2)), ((), has_step(run, "stage_16", 2))):
+        process = start(tmp_path, *SAVE_SOMETIMES, *workers)
+        wait_until(reached, process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 143, output
+    code, output = train(tmp_path, *SAVE_SOMETIMES, *four)
     assert code == 0, output
     assert "compute.workers" in output
     assert_same_run(run, uninterrupted)

@@ -161,6 +161,29 @@ def test_files_that_a_kill_left_out_are_written_on_resume(tmp_path: Path) -> Non
     assert ("best" in kinds) == (resumed.progress.best_epochs == 3)
 
 
+@pytest.mark.parametrize("spoiled", [True, False])
+def test_best_stays_best_when_validation_is_worse_after_a_resume(tmp_path: Path, spoiled: bool) -> None:
+    """Weights spoiled after the resume: `best` keeps file, loss and epoch. Left alone, the same run improves on it."""
+    settings = ("stages.stage_8.epochs=8", "stages.stage_8.learning_rate=1e-3", "validation.pictures=0")
+    with pytest.raises(Stopped):
+        train_stage(*set_up(tmp_path, *settings, stop_after=20)[:2])
+    resumed, run, _ = set_up(tmp_path, *settings)
+    found = run.checkpoints.newest("stage_8")
+    assert found is not None
+    resumed.restore(found[1], found[0].path.name)
+    before = next(entry for entry in run.checkpoints.entries("stage_8") if entry.kind == "best")
+    assert 0 < resumed.progress.best_epochs < 8
+    best_loss, best_epochs = resumed.progress.best_val_loss, resumed.progress.best_epochs
+    if spoiled:
+        with torch.no_grad():
+            for weight in (*resumed.model.parameters(), *resumed.ema.model.parameters()):
+                weight += 0.5
+    train_stage(resumed, run)
+    after = next(entry for entry in run.checkpoints.entries("stage_8") if entry.kind == "best")
+    kept = (after, resumed.progress.best_val_loss, resumed.progress.best_epochs) == (before, best_loss, best_epochs)
+    assert kept == spoiled
+
+
 def test_a_validation_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     """Not a best of nan: the message names stage and epoch."""
     state, run, _ = set_up(tmp_path)

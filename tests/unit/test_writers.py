@@ -194,6 +194,8 @@ def test_a_fence_keeps_a_process_that_lost_the_run_from_logging(tmp_path: Path) 
     log.scalars({"a": 1.0}, 2)
     with pytest.raises(LockError):
         log.flush()
+    with pytest.raises(LockError):
+        log.close()
     assert [event.step for event in EventReader(tmp_path).poll() if event.summary.value] == [1]
 
 
