@@ -120,11 +120,13 @@ class StageModel(nn.Module):
         sigma_r = (self.residual_scale**2 + condition.noise_level**2).sqrt()
         return condition.volume + sigma_r[:, None, None, None, None] * residual
 
-    def data_consistent(self, x_0: Tensor, xrays: Tensor, views: Tensor, sweeps: int) -> Tensor:
+    def data_consistent(
+        self, x_0: Tensor, xrays: Tensor, views: Tensor, sweeps: int, relaxation: float = 1.0
+    ) -> Tensor:
         """`sweeps` SART sweeps on x_0: (B, 1, N, N, N) towards the radiographs, in attenuation."""
         if sweeps == 0:
             return x_0
-        mu = sart(x_to_mu(x_0, self.hu_window), xrays, self.projector, sweeps, view_mask=views)
+        mu = sart(x_to_mu(x_0, self.hu_window), xrays, self.projector, sweeps, relaxation, views)
         return mu_to_x(mu, self.hu_window).clamp(-1.0, 1.0)
 
     @torch.no_grad()

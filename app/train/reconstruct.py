@@ -6,7 +6,7 @@ Shapes: B batch, N cube edge, n edge of the previous stage.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,15 @@ HAND_OVER_CHUNK = 4
 
 @torch.no_grad()
 def reconstruct(
-    model: StageModel, xrays: Tensor, lowres: Tensor | None, noise: Tensor, stop: Stop, views: Tensor | None = None
+    model: StageModel,
+    xrays: Tensor,
+    lowres: Tensor | None,
+    noise: Tensor,
+    stop: Stop,
+    views: Tensor | None = None,
+    steps: int | None = None,
+    relaxation: float = 1.0,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One volume per pair of radiographs.
 
@@ -44,6 +52,9 @@ def reconstruct(
         noise: (B, 1, N, N, N) standard normal.
         stop: polled before each sampler step.
         views: (B, 2), 1 where a view may be used; None is both.
+        steps: of the sampler; None is the config's.
+        relaxation: step length of the SART sweeps; below 1 for radiographs that fit the geometry badly.
+        after_step: called after each sampler step.
 
     Returns:
         (B, 1, N, N, N) in [-1, 1].
@@ -61,9 +72,11 @@ def reconstruct(
         return x_0.clamp(-1.0, 1.0)
 
     def correct(x_0: Tensor) -> Tensor:
-        return model.data_consistent(x_0, xrays, shown, model.stage.sart_sweeps)
+        corrected = model.data_consistent(x_0, xrays, shown, model.stage.sart_sweeps, relaxation)
+        after_step()
+        return corrected
 
-    return sample(denoise, noise, model.stage.sampler_steps, model.diffusion, correct)
+    return sample(denoise, noise, steps or model.stage.sampler_steps, model.diffusion, correct)
 
 
 def hand_over(
