@@ -282,6 +282,22 @@ class CheckpointFolder:
             self._set_aside(entry, reason)
         return None
 
+    def read(self, stage: str, kind: str) -> dict[str, Any] | None:
+        """The verified content of a file, or None where there is none; for readers, who may not move anything.
+
+        Raises:
+            CheckpointError: the file is damaged or no checkpoint of this program.
+        """
+        for entry in self.entries(stage):
+            if entry.kind == kind:
+                reason = self.damage(entry)
+                if reason is not None:
+                    raise CheckpointError(f"{entry.path}: damaged ({reason}). Start the run again, or use a copy of it")
+                payload = self.load(entry)
+                _check_format(entry, payload)
+                return payload
+        return None
+
     def whole(self, stage: str, kind: str) -> bool:
         """Whether this file exists and its content is what was written; a damaged one is set aside."""
         for entry in self.entries(stage):

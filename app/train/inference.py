@@ -69,7 +69,7 @@ class TrainedCascade:
 
 
 def read_run(run_dir: RunDir, only_finished: bool = False) -> TrainedCascade:
-    """The best weights of each stage of a run, verified.
+    """The best weights of each stage of a run, verified; nothing in the folder is touched.
 
     Args:
         run_dir: the run's folder.
@@ -79,15 +79,15 @@ def read_run(run_dir: RunDir, only_finished: bool = False) -> TrainedCascade:
         CheckpointError: there is no such stage, or its file is damaged.
     """
     folder = CheckpointFolder(run_dir)
+    kinds = {(stage, kind) for stage, kind, _ in run_dir.checkpoints()}
     stages: list[TrainedStage] = []
     config: Config | None = None
-    for name in sorted({entry.stage for entry in folder.entries()}, key=lambda name: int(name.removeprefix("stage_"))):
-        finished = folder.whole(name, "final")
-        found = folder.newest(name, kinds=("best",)) if finished or not only_finished else None
-        if found is None:
+    for name in sorted({stage for stage, _ in kinds}, key=lambda name: int(name.removeprefix("stage_"))):
+        finished = (name, "final") in kinds
+        payload = folder.read(name, "best") if finished or not only_finished else None
+        if payload is None:
             break
-        entry, payload = found
-        config = config_from_checkpoint(payload["config"], entry.path)
+        config = config_from_checkpoint(payload["config"], run_dir.checkpoint(name, "best"))
         weights = payload[RESUME_KEY]["ema_state_dict"]
         stages.append(TrainedStage(config.stage(name), weights, payload["val_loss"], payload["epoch"], finished))
     if config is None:

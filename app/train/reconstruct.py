@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ def reconstruct(
     views: Tensor | None = None,
     steps: int | None = None,
     relaxation: float = 1.0,
+    seen: Tensor | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One volume per pair of radiographs.
@@ -54,6 +56,7 @@ def reconstruct(
         views: (B, 2), 1 where a view may be used; None is both.
         steps: of the sampler; None is the config's.
         relaxation: step length of the SART sweeps; below 1 for radiographs that fit the geometry badly.
+        seen: (B, 2, N, N) what the network sees in place of `xrays`, c and the sweeps staying right: to measure its use.
         after_step: called after each sampler step.
 
     Returns:
@@ -64,6 +67,8 @@ def reconstruct(
     """
     shown = xrays.new_ones(xrays.shape[:2]) if views is None else views
     condition = model.condition(xrays, shown, lowres)
+    if seen is not None:
+        condition = replace(model.condition(seen, shown, lowres), volume=condition.volume)
 
     def denoise(x_t: Tensor, level: Tensor) -> Tensor:
         if stop():
