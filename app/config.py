@@ -243,8 +243,12 @@ class ValidationConfig(Section):
     """At most this many held-out cases, the first of the split."""
     noise_levels: int = Field(4, ge=1, le=64)
     """Fixed noise levels per case, evenly spread over the schedule."""
+    sampled_cases: int = operational(4, ge=1, le=256)
+    """Held-out cases that are sampled: PSNR, gain over c, X-ray use and projection error are their means."""
+    sampler_steps: int = operational(4, ge=1, le=1000)
+    """Steps of the sampler for them, fewer than at the hand-over."""
     pictures: int = operational(2, ge=0, le=16)
-    """Held-out cases that are sampled and shown."""
+    """How many of them are shown."""
 
 
 class LoggingConfig(Section):

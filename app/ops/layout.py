@@ -6,13 +6,18 @@ from collections.abc import Sequence
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
-from app.tags import PHYSICS_WEIGHT, VAL_PSNR
+from app.tags import PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
 
 EVERY_STAGE = r"stage_\d+"
 COMPARED = {
     "Validation loss": "val_loss",
     "Training loss": "train_loss",
     "Validation PSNR (dB)": VAL_PSNR,
+}
+LEARNED = {
+    "Gain over the given volume (dB)": VAL_GAIN,
+    "Use of the X-rays (dB)": VAL_XRAY_USE,
+    "Projection error (%)": VAL_PROJECTION_ERROR,
 }
 
 
@@ -27,6 +32,10 @@ def layout(stages: Sequence[str]) -> bytes:
                 Category(
                     title="Stage comparison",
                     chart=[_chart(title, [f"{EVERY_STAGE}/{tag}"]) for title, tag in COMPARED.items()],
+                ),
+                Category(
+                    title="What the networks add",
+                    chart=[_chart(title, [f"{EVERY_STAGE}/{tag}"]) for title, tag in LEARNED.items()],
                 ),
                 Category(title="Training vs validation", chart=[_train_and_validation(stage) for stage in stages]),
                 Category(

@@ -127,6 +127,8 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
         lines.append(("stage ends in", _duration(fields["stage_eta_s"])))
     if "checkpoint" in fields:
         lines.append(("checkpoint", f"{fields['checkpoint_file']} at step {fields['checkpoint']}"))
+    if fields.get("alarm"):
+        lines.append(("ALARM", fields["alarm"]))
     if run_dir.reason.exists():
         lines.append(("REASON", run_dir.reason.read_text().strip()))
     width = max(len(name) for name, _ in lines)

@@ -32,6 +32,9 @@ class RunLog(Protocol):
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
         """A picture (H, W, 3)."""
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """A text in Markdown."""
+
     def write(self) -> None:
         """Everything logged so far is in the files when this returns, if they can be written; it never fails."""
 

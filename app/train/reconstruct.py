@@ -56,7 +56,7 @@ def reconstruct(
         views: (B, 2), 1 where a view may be used; None is both.
         steps: of the sampler; None is the config's.
         relaxation: step length of the SART sweeps; below 1 for radiographs that fit the geometry badly.
-        seen: (B, 2, N, N) what the network sees in place of `xrays`, c and the sweeps staying right: to measure its use.
+        seen: (B, 2, N, N) what the network alone sees in place of `xrays`, while c and the sweeps stay right.
         after_step: called after each sampler step.
 
     Returns:

@@ -16,6 +16,9 @@ from app.train.state import StageState
 class SilentLog:
     """A `RunLog` that keeps nothing."""
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Nothing."""
+
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
 

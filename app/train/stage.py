@@ -15,7 +15,7 @@ import torch
 
 from app.errors import NumericsError, Stopped
 from app.model.diffusion import log_snr
-from app.tags import VAL_PSNR
+from app.tags import ALARM, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.evaluate import Validation, validate
 from app.train.loss import SampleLosses, sample_losses
@@ -30,6 +30,12 @@ from app.train.silent import SilentSaver
 from app.train.state import StageState
 
 log = logging.getLogger(__name__)
+
+ALARM_BELOW_DB = 0.3
+ALARM_AFTER = 0.1
+"""Share of the stage's epochs that is left alone, like the steps of the warm-up."""
+ALARM_AFTER_VALIDATIONS = 3
+"""So many in a row are needed: one alone may be a swing of the averaged weights."""
 
 
 @dataclass(frozen=True)
@@ -249,10 +255,11 @@ def _end_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
         progress.step,
         train_loss,
         progress.val_loss,
-        "" if math.isnan(validation.psnr_db) else f" psnr {validation.psnr_db:.2f} dB",
+        f" psnr {validation.sampled.psnr_db:.2f} dB",
         " best" if is_best else "",
         epoch_seconds,
     )
+    _raise_alarm(state, run, validation)
     saver.save(state, _kinds(state))
     run.status(
         epoch=progress.epochs,
@@ -285,7 +292,7 @@ def _validate(state: StageState, run: StageRun) -> Validation:
     is_last = epochs == state.stage.epochs
     shown = config.validation.pictures if is_last or epochs % config.logging.images_every_n_epochs == 0 else 0
     with state.precision.autocast():
-        validation = validate(state.ema.model, run.val, config, shown, run.stop, run.ranks)
+        validation = validate(state.ema.model, run.val, run.train, config, shown, run.stop, run.ranks)
     if not math.isfinite(validation.diffusion + validation.physics):
         raise NumericsError(
             f"{state.stage.name}: the validation loss after {state.progress.epochs} epochs is not finite. The last "
@@ -302,12 +309,36 @@ def _log_validation(state: StageState, run: StageRun, validation: Validation) ->
         f"{stage}/val_diffusion": validation.diffusion,
         f"{stage}/val_physics": validation.physics,
     }
-    if validation.pictures:
-        values[f"{stage}/{VAL_PSNR}"] = validation.psnr_db
-        values[f"{stage}/val_gain_over_c_db"] = validation.gain_over_c_db
+    if run.ranks.is_first:
+        sampled = validation.sampled
+        values[f"{stage}/{VAL_PSNR}"] = sampled.psnr_db
+        values[f"{stage}/{VAL_GAIN}"] = sampled.gain_over_c_db
+        values[f"{stage}/{VAL_XRAY_USE}"] = sampled.xray_use_db
+        values[f"{stage}/{VAL_PROJECTION_ERROR}"] = sampled.projection_error_percent
     run.run_log.scalars(values, epochs)
     for number, case in enumerate(validation.pictures, start=1):
         run.run_log.image(f"{stage}/held_out_{number}", run.draw(case), epochs)
+
+
+def _raise_alarm(state: StageState, run: StageRun, validation: Validation) -> None:
+    """Say aloud that a network which looks trained adds nothing to its volume, or does not look at its X-rays."""
+    stage, progress, sampled = state.stage, state.progress, validation.sampled
+    warm = progress.step > state.config.optimizer.warmup_steps and progress.epochs > ALARM_AFTER * stage.epochs
+    idle = min(sampled.gain_over_c_db, sampled.xray_use_db) < ALARM_BELOW_DB
+    # The count is the first process's own: it alone samples, and it alone saves.
+    progress.idle_validations = progress.idle_validations + 1 if warm and idle else 0
+    alarm = None
+    if progress.idle_validations >= ALARM_AFTER_VALIDATIONS:
+        alarm = (
+            f"{stage.name}: after {progress.epochs} of {stage.epochs} epochs the network adds "
+            f"{sampled.gain_over_c_db:.2f} dB to the volume that it is given, and loses {sampled.xray_use_db:.2f} dB "
+            f"with another patient's X-rays; below {ALARM_BELOW_DB} dB it has learned next to nothing from them. Look "
+            "at the pictures and at whether the X-rays belong to the CTs; then more steps, a higher learning_rate or a "
+            "smaller patch"
+        )
+        log.warning("%s", alarm)
+        run.run_log.text(f"{stage.name}/{ALARM}", alarm, progress.epochs)
+    run.status(alarm=alarm)
 
 
 def _log_step(state: StageState, run: StageRun, values: StepValues, weight: float, seconds: float) -> None:

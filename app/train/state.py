@@ -36,6 +36,8 @@ class Progress:
     best_val_loss: float = math.inf
     best_epochs: int = 0
     """Completed epochs at the best validation loss."""
+    idle_validations: int = 0
+    """Validations in a row, up to the last one, in which the network did next to nothing."""
 
     @property
     def counters(self) -> Counters:
@@ -109,7 +111,7 @@ class StageState:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{name}: its weights do not fit the model of {self.stage.name}: {detail}") from error
         self.precision.scaler.load_state_dict(payload["scaler_state_dict"])
-        self.progress = Progress(**{key: resume[key] for key in asdict(self.progress)})
+        self.progress = Progress(**{key: resume[key] for key in asdict(self.progress) if key in resume})
 
 
 def _short(digest: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,16 @@ class Recorder:
 
     points: list[tuple[str, int, float]] = field(default_factory=list)
     images: list[tuple[str, int]] = field(default_factory=list)
+    texts: list[tuple[str, int, str]] = field(default_factory=list)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.points += [(tag, step, value) for tag, value in values.items()]
 
     def image(self, tag: str, pixels: Any, step: int) -> None:
         self.images.append((tag, step))
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        self.texts.append((tag, step, markdown))
 
     def write(self) -> None:
         """Nothing waits."""
@@ -125,7 +129,7 @@ def test_training_lowers_the_loss_on_held_out_cases(tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("polls", [0, 3, 7, 9, 12, 15, 21])
+@pytest.mark.parametrize("polls", [0, 3, 7, 13, 15, 19, 24, 31])
 def test_a_stop_at_any_poll_saves_a_state_that_goes_on(tmp_path: Path, polls: int) -> None:
     """In the first validation, a step, a later validation or the sampler: the rest gives the straight run's weights."""
     straight, run, _ = set_up(tmp_path / "straight")
@@ -166,7 +170,7 @@ def test_best_stays_best_when_validation_is_worse_after_a_resume(tmp_path: Path,
     """Weights spoiled after the resume: `best` keeps file, loss and epoch. Left alone, the same run improves on it."""
     settings = ("stages.stage_8.epochs=8", "stages.stage_8.learning_rate=1e-3", "validation.pictures=0")
     with pytest.raises(Stopped):
-        train_stage(*set_up(tmp_path, *settings, stop_after=20)[:2])
+        train_stage(*set_up(tmp_path, *settings, stop_after=35)[:2])
     resumed, run, _ = set_up(tmp_path, *settings)
     found = run.checkpoints.newest("stage_8")
     assert found is not None
@@ -182,6 +186,34 @@ def test_best_stays_best_when_validation_is_worse_after_a_resume(tmp_path: Path,
     after = next(entry for entry in run.checkpoints.entries("stage_8") if entry.kind == "best")
     kept = (after, resumed.progress.best_val_loss, resumed.progress.best_epochs) == (before, best_loss, best_epochs)
     assert kept == spoiled
+
+
+def test_a_network_that_learns_nothing_raises_the_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A rate of nearly 0: from the third validation after the warm-up on, log and curves say so; a resume counts on."""
+    settings = ("stages.stage_8.epochs=8", "stages.stage_8.learning_rate=1e-9", "optimizer.warmup_steps=4")
+    with pytest.raises(Stopped):
+        train_stage(*set_up(tmp_path, *settings, stop_after=50)[:2])
+    state, run, recorder = set_up(tmp_path, *settings)
+    found = run.checkpoints.newest("stage_8")
+    assert found is not None
+    state.restore(found[1], found[0].path.name)
+    resumed_at = state.progress.epochs
+    assert 0 < resumed_at < 4
+    caplog.clear()
+    train_stage(state, run)
+    assert [(tag, epoch) for tag, epoch, _ in recorder.texts] == [("stage_8/alarm", epoch) for epoch in range(4, 9)]
+    assert caplog.text.count("it has learned next to nothing") == 5
+
+
+def test_a_network_that_learns_raises_no_alarm(tmp_path: Path) -> None:
+    """Cubes whose edge only the X-rays tell, validated on those trained: gain and X-ray use come above the limit."""
+    settings = ("stages.stage_8.epochs=25", "stages.stage_8.learning_rate=3e-3", "stages.stage_8.sart_sweeps=0")
+    state, run, recorder = set_up(tmp_path, *settings, "stages.stage_8.prior_sweeps=0", "diffusion.view_dropout=0.0")
+    train_stage(state, replace(run, val=run.train))
+    last = {tag: value for tag, _, value in recorder.points}
+    assert last["stage_8/val_gain_over_c_db"] > 0.3
+    assert last["stage_8/val_xray_use_db"] > 0.3
+    assert state.progress.idle_validations == 0
 
 
 def test_a_validation_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
