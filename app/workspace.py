@@ -82,6 +82,10 @@ class RunDir:
         """Curves of all stages and the latest slices."""
         return self.path / "progress.png"
 
+    def evaluation(self, patients: str) -> Path:
+        """Figures and pictures of `python -m app evaluate`, an event file among them."""
+        return self.path / "evaluation" / patients
+
     @property
     def quarantine(self) -> Path:
         """Damaged files that were set aside."""

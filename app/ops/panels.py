@@ -7,6 +7,7 @@ is on the viewer's right; on sagittal slices and the lateral view anterior is on
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,9 @@ HEADER = 22
 ROW_LABEL = 20
 FONT_SIZE = 13
 DISPLAY_HU = (-1000.0, 800.0)
+LUNG_HU = (-1350.0, 150.0)
+MEDIASTINUM_HU = (-160.0, 240.0)
+"""The two windows in which a thorax CT is read: level -600 width 1500, level 40 width 400."""
 LARGEST_ERROR_HU = 500.0
 LARGEST_DIFFERENCE = 0.1
 """Share of the X-ray's brightest line integral at which the colours of the signed difference end."""
@@ -89,18 +93,28 @@ def validation_panel(case: PanelCase) -> Picture:
     Raises:
         ValueError: arrays that belong together differ in shape.
     """
+    return _panel(case, {"": DISPLAY_HU})
+
+
+def evaluation_panel(case: PanelCase) -> Picture:
+    """As `validation_panel`, with the slices in the lung and in the mediastinal window."""
+    return _panel(case, {", lung": LUNG_HU, ", mediastinum": MEDIASTINUM_HU})
+
+
+def _panel(case: PanelCase, windows: Mapping[str, tuple[float, float]]) -> Picture:
     for name, like in (("prediction", "truth"), ("condition", "truth"), ("drr", "xrays")):
         found, expected = getattr(case, name).shape, getattr(case, like).shape
         if found != expected:
             raise ValueError(f"{name} has shape {found}, expected that of {like}: {expected}")
     tile = _tile_edge(case.truth.shape[0])
     brightest = max(float(case.xrays.max()), 1e-6)
-    slices = [_slices(case, plane.name, tile) for plane in PLANES]
+    slices = [_slices(case, plane.name, tile, window) for window in windows.values() for plane in PLANES]
+    directions = [Direction(plane.name + label, plane.ends) for label in windows for plane in PLANES]
     frontal, lateral = (_view(case, view, brightest, tile) for view in range(len(VIEWS)))
     frontal.append(_scale(ERROR_COLOURS, "0", f"{LARGEST_ERROR_HU:.0f} HU", "error", tile))
     edge = f"{LARGEST_DIFFERENCE * brightest:.2g}"
     lateral.append(_scale(DIFFERENCE_COLOURS, f"-{edge}", f"+{edge}", "DRR - X-ray", tile))
-    return _compose(case.title, [*slices, frontal, lateral], tile)
+    return _compose(case.title, [*slices, frontal, lateral], [*directions, *VIEWS], tile)
 
 
 def middle_slice(volume: Floats, plane: str) -> Floats:
@@ -112,12 +126,13 @@ def middle_slice(volume: Floats, plane: str) -> Floats:
     return np.flip(volume[:, y] if plane == "coronal" else volume[:, :, x], axis=0)
 
 
-def _slices(case: PanelCase, plane: str, tile: int) -> list[Picture]:
+def _slices(case: PanelCase, plane: str, tile: int, window: tuple[float, float]) -> list[Picture]:
     truth, prediction, condition = (
         middle_slice(volume, plane) for volume in (case.truth, case.prediction, case.condition)
     )
     error = _coloured(np.abs(prediction - truth) / LARGEST_ERROR_HU, ERROR_COLOURS)
-    return [_enlarge(image, tile) for image in (_grey_hu(truth), _grey_hu(prediction), error, _grey_hu(condition))]
+    images = (_grey_hu(truth, window), _grey_hu(prediction, window), error, _grey_hu(condition, window))
+    return [_enlarge(image, tile) for image in images]
 
 
 def _view(case: PanelCase, view: int, brightest: float, tile: int) -> list[Picture]:
@@ -126,8 +141,8 @@ def _view(case: PanelCase, view: int, brightest: float, tile: int) -> list[Pictu
     return [_enlarge(image, tile) for image in (_grey(xray), _grey(drr), difference)]
 
 
-def _grey_hu(image: Floats) -> Picture:
-    low, high = DISPLAY_HU
+def _grey_hu(image: Floats, window: tuple[float, float]) -> Picture:
+    low, high = window
     return _grey((image - low) / (high - low))
 
 
@@ -166,7 +181,7 @@ def _scale(colours: Colours, low: str, high: str, title: str, tile: int) -> Pict
     return np.asarray(image)
 
 
-def _compose(title: str, rows: list[list[Picture]], tile: int) -> Picture:
+def _compose(title: str, rows: list[list[Picture]], directions: Sequence[Direction], tile: int) -> Picture:
     step = tile + MARGIN
     width = ROW_LABEL + MARGIN + len(SLICE_COLUMNS) * step
     height = 3 * HEADER + len(rows) * step
@@ -175,8 +190,8 @@ def _compose(title: str, rows: list[list[Picture]], tile: int) -> Picture:
     font = ImageFont.load_default(FONT_SIZE)
     draw.text((MARGIN, HEADER // 2), title, INK, font, anchor="lm")
     y = HEADER
-    for index, (row, direction) in enumerate(zip(rows, PLANES + VIEWS, strict=True)):
-        if index in (0, len(PLANES)):
+    for index, (row, direction) in enumerate(zip(rows, directions, strict=True)):
+        if index in (0, len(rows) - len(VIEWS)):
             for column, name in enumerate(SLICE_COLUMNS if index == 0 else VIEW_COLUMNS):
                 x = ROW_LABEL + MARGIN + column * step + tile // 2
                 draw.text((x, y + HEADER // 2), name, INK, font, anchor="mm")

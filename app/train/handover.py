@@ -138,11 +138,7 @@ def measure_training_cases(state: StageState, train: StageCases) -> None:
     """Fill the model's buffers: the mean volume of the training cases, then the RMS of x_0 - c over them."""
     model, device, window = state.model, state.model.mean.device, state.config.data.hu_window
     if model.is_first:
-        total = torch.zeros_like(model.mean, dtype=torch.float64)
-        for index in range(len(train)):
-            hu = train[index]["hu"].to(device)
-            total += hu_to_x(hu.float(), window).double()
-        model.mean.copy_(total / len(train))
+        model.mean.copy_(mean_volume(train, device, window))
     count = min(len(train), RESIDUAL_CASES)
     squares = []
     for batch in batches(train, [[index] for index in range(count)], device, window):
@@ -151,6 +147,16 @@ def measure_training_cases(state: StageState, train: StageCases) -> None:
         squares.append((batch.x_0 - given).square().double().mean())
     model.residual_scale.copy_(torch.stack(squares).mean().sqrt())
     state.ema = EMA(model)
+
+
+@torch.no_grad()
+def mean_volume(cases: StageCases, device: torch.device, hu_window: tuple[float, float]) -> torch.Tensor:
+    """The voxel mean of cases, (1, 1, N, N, N) in [-1, 1]."""
+    total = torch.zeros(1, 1, *([cases.edge] * 3), dtype=torch.float64, device=device)
+    for index in range(len(cases)):
+        hu = cases[index]["hu"].to(device)
+        total += hu_to_x(hu.float(), hu_window).double()
+    return (total / len(cases)).float()
 
 
 def _channels_last(model: StageModel) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,6 +46,13 @@ class Batch:
         return F.avg_pool3d(self.x_0, self.x_0.shape[-1] // self.lowres.shape[-1])
 
 
+class Lowres(Protocol):
+    """The previous stage's outputs."""
+
+    def load(self, case: Case) -> np.ndarray:
+        """(n, n, n) int16 HU."""
+
+
 class LowresFolder:
     """The previous stage's outputs, one file per case, named by what made them."""
 
@@ -64,7 +72,7 @@ class LowresFolder:
 class StageCases(Dataset[dict[str, Tensor]]):
     """Cases of a split at the resolution of a stage. Loading is all that it does: nothing here is random."""
 
-    def __init__(self, store: CaseStore, cases: Sequence[Case], edge: int, lowres: LowresFolder | None) -> None:
+    def __init__(self, store: CaseStore, cases: Sequence[Case], edge: int, lowres: Lowres | None) -> None:
         """`lowres` is None in the first stage."""
         self.store, self.cases, self.edge, self.lowres = store, cases, edge, lowres
 

@@ -115,7 +115,9 @@ def stopped_validation(ranks: Ranks, folder: Path) -> Any:
 def held_out(folder: Path) -> tuple[StageState, StageCases]:
     """A fresh stage and its held-out cases."""
     state, run, _ = set_up(folder, f"validation.cases={CASES}", "validation.noise_levels=2")
-    cases = [replace(run.val.cases[0], id=str(index % 5), patient=str(index), content=str(index)) for index in range(CASES)]
+    cases = [
+        replace(run.val.cases[0], id=str(index % 5), patient=str(index), content=str(index)) for index in range(CASES)
+    ]
     return state, StageCases(MemoryStore(), cases, 8, None)  # type: ignore[arg-type]
 
 
