@@ -1,4 +1,4 @@
-"""`python -m app evaluate`: what a run's stages are worth on patients that they have not seen, beside every baseline."""
+"""`python -m app evaluate`: what a run's stages are worth on unseen patients, beside every baseline."""
 
 from __future__ import annotations
 

@@ -46,6 +46,8 @@ def ssim(prediction: Tensor, truth: Tensor, data_range: float) -> Tensor:
     """
     if min(truth.shape[2:]) <= 2 * SSIM_RADIUS:
         raise ValueError(f"SSIM needs more than {2 * SSIM_RADIUS} voxels along each edge, found {tuple(truth.shape)}")
+    # Variances are small differences of large numbers.
+    prediction, truth = prediction.double(), truth.double()
     mean_x, mean_y = _blurred(prediction), _blurred(truth)
     var_x = _blurred(prediction.square()) - mean_x.square()
     var_y = _blurred(truth.square()) - mean_y.square()
@@ -56,11 +58,11 @@ def ssim(prediction: Tensor, truth: Tensor, data_range: float) -> Tensor:
 
 
 def _blurred(volume: Tensor) -> Tensor:
-    """Gaussian means over the windows that lie inside; in double, because variances are small differences."""
+    """Gaussian means over the windows that lie inside, in double."""
     offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64, device=volume.device)
     weights = torch.exp(-0.5 * (offsets / SSIM_SIGMA).square())
     weights /= weights.sum()
-    result = volume.double()
+    result = volume
     for axis in range(3):
         shape = [1, 1, 1, 1, 1]
         shape[2 + axis] = len(weights)
