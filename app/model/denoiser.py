@@ -35,7 +35,8 @@ class Condition:
     noise_level: Tensor
     """s: (B,), standard deviation of the noise that was added to the low-resolution volume."""
     rays: Tensor
-    """(B, 2, N, N, N), both radiographs unprojected along their rays, zero where a view is hidden."""
+    """(B, 4, N, N, N), zero where a view is hidden: both radiographs unprojected along their rays, then what they say
+    is wrong with `volume`, x per voxel over sigma_r: the first step of SART from each view."""
     lifted: Tensor
     """(B, C, G, G, G), features of both radiographs unprojected onto the token grid."""
     views: Tensor
@@ -66,7 +67,7 @@ class StageModel(nn.Module):
         self.backbone = HybridBackbone(
             backbone,
             edge,
-            in_channels=7,
+            in_channels=9,
             token_features=len(VIEWS) * backbone.xray_widths[-1],
             embedding=EMBEDDING_WIDTH,
         )
@@ -83,6 +84,7 @@ class StageModel(nn.Module):
         lowres: Tensor | None = None,
         noise_level: Tensor | None = None,
         lowres_noise: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Condition:
         """Gather what is known of a sample.
 
@@ -92,16 +94,19 @@ class StageModel(nn.Module):
             lowres: (B, 1, n, n, n) the previous stage's volume; None for the first stage.
             noise_level: (B,) s of the noise augmentation (Ho et al. 2021, arXiv 2106.15282); None is 0.
             lowres_noise: (B, 1, n, n, n) standard normal; needed where `noise_level` is given.
+            seen: (B, 2, M, M), what the network sees in place of `xrays`, c being right: to measure its use of them.
         """
         if noise_level is None:
             noise_level = xrays.new_zeros(xrays.shape[0])
         elif lowres is not None and lowres_noise is not None:
             lowres = lowres + noise_level[:, None, None, None, None] * lowres_noise
         volume = self._prior(xrays, views) if lowres is None else self._upsample(lowres)
+        shown = xrays if seen is None else seen
         with torch.no_grad():
-            rays = [self._unproject(xrays, views, view) for view in range(len(VIEWS))]
+            rays = [self._unproject(shown, views, view) for view in range(len(VIEWS))]
+            rays += [self._missing(volume, noise_level, shown, views, view) for view in range(len(VIEWS))]
         lifted = [
-            self.lifter.unproject(self.encoder(self._scaled(xrays, view), view).float(), VIEWS[view])
+            self.lifter.unproject(self.encoder(self._scaled(shown, view), view).float(), VIEWS[view])
             * views[:, view, None, None, None, None]
             for view in range(len(VIEWS))
         ]
@@ -117,8 +122,7 @@ class StageModel(nn.Module):
             [x_t, condition.volume, condition.rays, self.coordinates.expand(x_t.shape[0], -1, -1, -1, -1)], dim=1
         )
         residual: Tensor = self.backbone(inputs, condition.lifted, self.embed(scalars)).float()
-        sigma_r = (self.residual_scale**2 + condition.noise_level**2).sqrt()
-        return condition.volume + sigma_r[:, None, None, None, None] * residual
+        return condition.volume + self._sigma_r(condition.noise_level) * residual
 
     def data_consistent(
         self, x_0: Tensor, xrays: Tensor, views: Tensor, sweeps: int, relaxation: float = 1.0
@@ -143,6 +147,19 @@ class StageModel(nn.Module):
     def _unproject(self, xrays: Tensor, views: Tensor, view: int) -> Tensor:
         lifted = self.projector.unproject(xrays[:, view : view + 1], VIEWS[view])
         return (lifted / XRAY_SCALE - 1.0) * views[:, view, None, None, None, None]
+
+    def _missing(self, volume: Tensor, noise_level: Tensor, xrays: Tensor, views: Tensor, view: int) -> Tensor:
+        """A^T((p - A c) / (A 1)) / (A^T 1) of one view, as x over sigma_r: (B, 1, N, N, N)."""
+        mu = x_to_mu(volume.float(), self.hu_window)
+        inverse_rows, inverse_columns = self.projector.inverse_sums(VIEWS[view])
+        residual = (xrays[:, view] - self.projector.project(mu, VIEWS[view])) * inverse_rows
+        step = self.projector.backproject(residual, VIEWS[view]) * inverse_columns
+        change = mu_to_x(mu + step, self.hu_window) - volume
+        return change / self._sigma_r(noise_level) * views[:, view, None, None, None, None]
+
+    def _sigma_r(self, noise_level: Tensor) -> Tensor:
+        """(B,) -> (B, 1, 1, 1, 1)."""
+        return (self.residual_scale**2 + noise_level**2).sqrt()[:, None, None, None, None]
 
 
 def build_model(config: dict[str, Any], stage_name: str) -> StageModel:

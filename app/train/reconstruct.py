@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -66,9 +65,7 @@ def reconstruct(
         Stopped: `stop` asked for it.
     """
     shown = xrays.new_ones(xrays.shape[:2]) if views is None else views
-    condition = model.condition(xrays, shown, lowres)
-    if seen is not None:
-        condition = replace(model.condition(seen, shown, lowres), volume=condition.volume)
+    condition = model.condition(xrays, shown, lowres, seen=seen)
 
     def denoise(x_t: Tensor, level: Tensor) -> Tensor:
         if stop():
