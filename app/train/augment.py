@@ -2,8 +2,10 @@
 
 One rigid motion with a scale moves the CT cube, the radiographs are rendered anew from the moved cube, and the previous
 stage's own output is moved alike. A given radiograph cannot be moved with the patient, because what a ray has passed is
-not known from the image: whatever `prepare` took from files is replaced by the projection of the moved cube. Moved or
-not, the radiographs that the network sees may then be measured with a wrong gain and with noise; the physics loss
+not known from the image: whatever `prepare` took from files is replaced by the projection of the moved cube. It is
+rendered from the stage's own voxels, while `prepare` renders from the finest and averages: at a coarse stage the
+radiographs of moved cases fit their voxels exactly, and those of unmoved cases differ from that by some per cent. Moved
+or not, the radiographs that the network sees may then be measured with a wrong gain and with noise; the physics loss
 compares with the line integrals before that, so that it does not teach the wrong ones.
 
 Every draw is a function of (seed, stage, step, sample), as in `app.train.randomness`, and of nothing else.
