@@ -70,6 +70,27 @@ def test_the_shipped_configs_have_the_stages_of_the_contract():
 
 
 @pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("no_prior", ["stages.stage_16.prior_sweeps"]),
+        ("physics_off", ["physics.weight"]),
+        ("physics_constant", ["physics.ramp_start", "physics.ramp_end"]),
+        ("no_lowres_noise", ["diffusion.lowres_noise_max"]),
+    ],
+)
+def test_an_ablation_is_one_setting_away_from_the_demo(name, changed):
+    """Beside the name of its run; their baseline is the demo without its finest stage."""
+    folder = ROOT / "configs/ablations"
+    demo = load_config(ROOT / "configs/demo.yaml", [], ENV)
+    baseline = load_config(folder / "baseline.yaml", [], ENV)
+    assert baseline == demo.model_copy(update={"stages": demo.stages[:2], "run_name": "ablation-baseline"})
+    ablation = load_config(folder / f"{name}.yaml", [], ENV)
+    scientific, operational = differences(config_as_dict(baseline), ablation, Path("a.pt"))
+    assert [item.key for item in scientific] == changed
+    assert [item.key for item in operational] == ["run_name"]
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("1e-4", 1e-4),
