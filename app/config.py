@@ -219,6 +219,36 @@ class PhysicsConfig(Section):
         return self
 
 
+class AugmentationConfig(Section):
+    """Random changes of training cases; 0 turns each off. Validation and sampling see the cases as they are.
+
+    Radiographs are rendered anew from a moved patient, also where the data folder gave them. There is no mirroring: the
+    heart lies on the left and the liver on the right in all but about one of ten thousand people.
+    """
+
+    rotation_deg: float = Field(0.0, ge=0, le=45)
+    """Largest rotation about a random axis through the centre of the cube; the angle is U(-this, this)."""
+    scale: float = Field(0.0, ge=0, le=0.5)
+    """The patient grows by a factor 1 + U(-this, this), at the same HU."""
+    translation_mm: float = Field(0.0, ge=0, le=200)
+    """Shift along each axis by U(-this, this)."""
+    xray_noise: float = Field(0.0, ge=0, le=1)
+    """Quantum noise of the radiographs that the network sees: standard deviation of a line integral p is this times
+    exp(p / 2), in a pixel of the finest stage."""
+    xray_gain: float = Field(0.0, ge=0, le=0.5)
+    """Each radiograph's line integrals are multiplied by 1 + U(-this, this), as if its gain were wrong."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether patients are moved."""
+        return max(self.rotation_deg, self.scale, self.translation_mm) > 0
+
+    @property
+    def distorts(self) -> bool:
+        """Whether radiographs are measured with errors."""
+        return max(self.xray_noise, self.xray_gain) > 0
+
+
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
@@ -330,6 +360,7 @@ class Config(Section):
     """Coarse to fine; each edge is a multiple of the one before."""
     diffusion: DiffusionConfig = DiffusionConfig()
     physics: PhysicsConfig = PhysicsConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -16,6 +16,7 @@ import torch
 from app.errors import NumericsError, Stopped
 from app.model.diffusion import log_snr
 from app.tags import ALARM, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
+from app.train.augment import augment
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.evaluate import Validation, validate
 from app.train.loss import SampleLosses, sample_losses
@@ -192,6 +193,7 @@ def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step:
     device, count = batch.x_0.device, len(batch.x_0)
     mine = slice(start, start + count)
     names = [(config.seed, stage.name, step, index) for index in range(start, start + count)]
+    batch, xrays = augment(batch, model, config, names)
     noise = torch.stack([volume_noise(batch.x_0.shape[1:], device, *name, "noise") for name in names])
     views = draws.views[mine].to(device)
     lowres = noise_level = lowres_noise = None
@@ -203,7 +205,7 @@ def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step:
         lowres_noise = torch.stack([volume_noise(truth.shape[1:], device, *name, "lowres") for name in names])
     snr = log_snr(draws.t[mine].to(device), stage.resolution, config.diffusion)
     with state.precision.autocast():
-        condition = model.condition(batch.xrays, views, lowres, noise_level, lowres_noise)
+        condition = model.condition(xrays, views, lowres, noise_level, lowres_noise)
         return sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
 
 

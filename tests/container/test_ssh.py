@@ -53,7 +53,7 @@ def pod(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     add_run(Workspace(workspace), "demo")
     env = {"PUBLIC_KEY": key.with_suffix(".pub").read_text(), "DASHBOARD_PASSWORD": PASSWORD, "RUN_NAME": "demo"}
-    env |= {"CONFIG": "configs/ct-small.yaml", "WANDB_MODE": "disabled", "SOMETHING_ELSE": "private"}
+    env |= {"CONFIG": "configs/real-small.yaml", "WANDB_MODE": "disabled", "SOMETHING_ELSE": "private"}
     with Container(workspace=workspace, env=env, options=("--publish", "127.0.0.1::22")) as container:
         container.wait_for_log("waiting for data")
         yield Pod(container, workspace, key)

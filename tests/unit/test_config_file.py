@@ -52,9 +52,9 @@ def findings(path, *overrides, env=ENV):
     return lines
 
 
-@pytest.mark.parametrize("name", ["demo", "runpod"])
+@pytest.mark.parametrize("name", ["demo", "real-small", "runpod"])
 def test_the_shipped_configs_load(name):
-    """Both files fit the schema, and their resolved form loads back to the same config."""
+    """Each file fits the schema, and their resolved form loads back to the same config."""
     config = load_config(ROOT / f"configs/{name}.yaml", [], ENV)
     assert Config.model_validate(read_yaml(resolved_yaml(config)).data) == config
 
@@ -63,9 +63,31 @@ def test_the_shipped_configs_have_the_stages_of_the_contract():
     """Stage names stand in tags and file names."""
     names = {
         name: [stage.name for stage in load_config(ROOT / f"configs/{name}.yaml", [], ENV).stages]
-        for name in ("demo", "runpod")
+        for name in ("demo", "real-small", "runpod")
     }
-    assert names == {"demo": ["stage_16", "stage_32", "stage_64"], "runpod": ["stage_64", "stage_128", "stage_256"]}
+    small = ["stage_16", "stage_32", "stage_64"]
+    assert names == {"demo": small, "real-small": small, "runpod": ["stage_64", "stage_128", "stage_256"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("no_prior", ["stages.stage_16.prior_sweeps"]),
+        ("physics_off", ["physics.weight"]),
+        ("physics_constant", ["physics.ramp_start", "physics.ramp_end"]),
+        ("no_lowres_noise", ["diffusion.lowres_noise_max"]),
+    ],
+)
+def test_an_ablation_is_one_setting_away_from_the_demo(name, changed):
+    """Beside the name of its run; their baseline is the demo without its finest stage."""
+    folder = ROOT / "configs/ablations"
+    demo = load_config(ROOT / "configs/demo.yaml", [], ENV)
+    baseline = load_config(folder / "baseline.yaml", [], ENV)
+    assert baseline == demo.model_copy(update={"stages": demo.stages[:2], "run_name": "ablation-baseline"})
+    ablation = load_config(folder / f"{name}.yaml", [], ENV)
+    scientific, operational = differences(config_as_dict(baseline), ablation, Path("a.pt"))
+    assert [item.key for item in scientific] == changed
+    assert [item.key for item in operational] == ["run_name"]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +320,7 @@ def test_a_file_that_is_no_config_is_explained(write, text, expected):
 def test_a_missing_file_names_those_that_exist(write):
     """With the nearest one suggested."""
     write("seed: 1")
-    shipped = ", ".join(f"{ROOT}/configs/{name}.yaml" for name in ("ct-small", "demo", "runpod"))
+    shipped = ", ".join(f"{ROOT}/configs/{name}.yaml" for name in ("demo", "real-small", "runpod"))
     assert message("d.yaml") == f"d.yaml: no such file; did you mean c.yaml? Configs that exist: c.yaml, {shipped}"
     assert message("xyz/elsewhere.toml") == f"xyz/elsewhere.toml: no such file. Configs that exist: {shipped}"
 
@@ -445,6 +467,17 @@ def test_a_changed_list_of_stages_is_one_difference():
     assert [str(item) for item in scientific] == [
         'stages: ["stage_64", "stage_128", "stage_256"] -> ["stage_64", "stage_128"]'
     ]
+    assert operational == []
+
+
+def test_a_checkpoint_from_before_augmentation_is_no_other_run():
+    """Its config lacks the section, which was off; turning it on is another run."""
+    old = config_as_dict(Config())
+    del old["augmentation"]
+    assert differences(old, Config(), Path("a.pt")) == ([], [])
+    augmented = _changed(augmentation=Config().augmentation.model_copy(update={"rotation_deg": 10.0}))
+    scientific, operational = differences(old, augmented, Path("a.pt"))
+    assert [str(item) for item in scientific] == ["augmentation.rotation_deg: 0.0 -> 10.0"]
     assert operational == []
 
 

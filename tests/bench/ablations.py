@@ -1,0 +1,233 @@
+"""What each part of the design is worth: the same training without it, on phantoms, at 16 and 32 voxels.
+
+`--seconds` is turned into a number of optimizer steps of the baseline once, at the start, and every training takes that
+many: an ablation is not blamed for what else the machine does. PSNR3D in dB (range 2500 HU) of held-out phantoms;
+`gain`: less that of the given volume c; `use`: what is lost when the network alone sees another patient's X-rays;
+`error`: of the projections in %. Mean +- standard deviation over the seeds. An ablation is worse (better) beyond seed
+spread where its best (worst) seed is below (above) the baseline's worst (best) one in the PSNR of the finest stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.config import Config
+from app.config_file import load_config
+from app.data.cases import Case
+from app.env import Environment
+from app.model.denoiser import Condition, StageModel
+from app.model.diffusion import alpha_sigma
+from app.physics.geometry import VIEWS, geometry_from_config
+from app.physics.projector import Projector
+from app.train.state import StageState
+from app.workspace import atomic_write
+from tests.bench.experiment import (
+    Experiment,
+    Patients,
+    affordable_steps,
+    nothing,
+    prepared,
+    summary,
+    with_steps,
+)
+
+FOLDER = Path("configs/ablations")
+BASELINE = "baseline"
+FILES = (BASELINE, "no_prior", "physics_off", "physics_constant", "no_lowres_noise")
+COLUMNS = ("c", "ours", "gain", "use", "error")
+
+
+class FrontalRays(Projector):
+    """Unprojects both views as if they were frontal; projects as ever, so that prior, sweeps and losses stay right."""
+
+    def unproject(self, image: Tensor, view: str) -> Tensor:
+        """Along the rays of the frontal view, whichever it is."""
+        return super().unproject(image, VIEWS[0])
+
+
+class VPrediction(StageModel):
+    """The same network, whose output is v and not the residual on c: x_0 = alpha x_t - sigma v."""
+
+    def forward(self, x_t: Tensor, log_snr_t: Tensor, condition: Condition) -> Tensor:
+        """v = alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512, section 4); the loss stays one on x_0."""
+        sigma_r = (self.residual_scale**2 + condition.noise_level**2).sqrt()[:, None, None, None, None]
+        v = (super().forward(x_t, log_snr_t, condition) - condition.volume) / sigma_r
+        alpha, sigma = alpha_sigma(log_snr_t)
+        return alpha * x_t - sigma * v
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A way to train."""
+
+    name: str
+    config: Config
+    alter: Callable[[StageState], None] = nothing
+
+
+def lateral_as_frontal(state: StageState) -> None:
+    """The network's lateral X-ray comes from behind, like the frontal one."""
+    model, geometry = state.model, geometry_from_config(state.config)
+    model.projector = FrontalRays(geometry, state.stage.resolution).to(model.mean.device)
+    model.lifter = FrontalRays(geometry, model.token_edge).to(model.mean.device)
+
+
+def v_prediction(state: StageState) -> None:
+    """Tensors and their names stay, what is made of them changes."""
+    state.model.__class__ = VPrediction
+
+
+def ablations(overrides: Sequence[str]) -> dict[str, Ablation]:
+    """All, the baseline first."""
+    configs = {name: load_config(FOLDER / f"{name}.yaml", overrides, Environment.read()) for name in FILES}
+    baseline = configs[BASELINE]
+    return {
+        **{name: Ablation(name, config) for name, config in configs.items()},
+        "lateral_as_frontal": Ablation("lateral_as_frontal", baseline, lateral_as_frontal),
+        "v_prediction": Ablation("v_prediction", baseline, v_prediction),
+        # As the first stage of its own it makes its c from the mean volume and the X-rays.
+        "previous_withheld": Ablation(
+            "previous_withheld", baseline.model_copy(update={"stages": baseline.stages[-1:]})
+        ),
+    }
+
+
+def main() -> None:
+    """Prints a line per training and a table, writes JSON."""
+    arguments, chosen = parse()
+    baseline = chosen[BASELINE].config
+    torch.set_num_threads(baseline.compute.threads)
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory(prefix="bench-ablations-") as temporary:
+        scratch = Path(arguments.workspace or temporary)
+        patients, _ = prepared(baseline, scratch)
+        test, train = patients.cases[: arguments.held_out], patients.cases[arguments.held_out :]
+        if arguments.steps is not None:
+            steps = {stage.name: arguments.steps for stage in baseline.stages}
+        else:
+            steps = affordable_steps(baseline, patients, train, arguments.seconds)
+        record: dict[str, Any] = {
+            "command": ["scripts/bench", "ablations", *sys.argv[1:]],
+            "torch": torch.__version__,
+            "steps": steps,
+            "train": len(train),
+            "held_out": len(test),
+            "runs": [],
+        }
+        print(f"{len(train)} phantoms to train, {len(test)} held out; steps of every training: {steps}")
+        print(line("", "seed", "stage", *COLUMNS, "seconds"), flush=True)
+        for seed in range(arguments.seeds):
+            for ablation in chosen.values():
+                run(ablation, seed, steps, patients, train, test, scratch, record)
+                save(record, arguments.json)
+    record["table"] = table(record["runs"], list(chosen), baseline.stages[0].name, baseline.stages[-1].name)
+    save(record, arguments.json)
+    first, last = baseline.stages[0].name, baseline.stages[-1].name
+    print(f"\n{arguments.seeds} seeds\n{line('', first, last, *COLUMNS[:1], *COLUMNS[2:], width=17)}  verdict")
+    for name, row in record["table"].items():
+        cells = [row[first], row["ours"], row["c"], row["gain"], row["use"], row["error"]]
+        print(f"{line(name, *map(spread, cells), width=17)}  {row['verdict']}")
+
+
+def parse() -> tuple[argparse.Namespace, dict[str, Ablation]]:
+    """The command line, and the ablations that it names; the baseline always."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these, beside the baseline")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each (3)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--seconds", type=float, default=150.0, help="of a training of the baseline, all stages (150)")
+    budget.add_argument("--steps", type=int, help="optimizer steps of each stage, in place of --seconds")
+    parser.add_argument("--held-out", type=int, default=8, metavar="N", help="phantoms to look at (8)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--workspace", help="keep the prepared phantoms here (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, default=Path("workspace/bench/ablations.json"), metavar="FILE")
+    arguments = parser.parse_args()
+    everything = ablations(arguments.overrides)
+    unknown = sorted(set(arguments.only) - set(everything))
+    if unknown:
+        parser.error(f"--only {' '.join(unknown)}: no such ablation; there are {', '.join(everything)}")
+    wanted = {BASELINE, *(arguments.only or everything)}
+    return arguments, {name: ablation for name, ablation in everything.items() if name in wanted}
+
+
+def run(
+    ablation: Ablation,
+    seed: int,
+    steps: Mapping[str, int],
+    patients: Patients,
+    train: Sequence[Case],
+    test: Sequence[Case],
+    scratch: Path,
+    record: dict[str, Any],
+) -> None:
+    """One training of all its stages."""
+    started = time.monotonic()
+    config = with_steps(ablation.config.model_copy(update={"seed": seed}), steps)
+    found = Experiment(config, patients, train, test, scratch, alter=ablation.alter).run()
+    seconds = time.monotonic() - started
+    stages = {figures.stage: summary(figures) for figures in found}
+    record["runs"].append({"ablation": ablation.name, "seed": seed, "seconds": seconds, "stages": stages})
+    for name, row in stages.items():
+        print(line(ablation.name, f"{seed}", name, *(f"{row[column]:.2f}" for column in COLUMNS), f"{seconds:.0f}"))
+    sys.stdout.flush()
+
+
+def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], first: str, last: str) -> dict[str, dict[str, Any]]:
+    """A row per ablation: the values of all seeds by column, and the verdict."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        own = [entry["stages"] for entry in runs if entry["ablation"] == name]
+        rows[name] = {column: [stages[last][column] for stages in own] for column in COLUMNS}
+        rows[name][first] = [stages[first]["ours"] for stages in own if first in stages]
+    for name, row in rows.items():
+        row["verdict"] = "" if name == BASELINE else verdict(row["ours"], rows[BASELINE]["ours"])
+    return rows
+
+
+def verdict(values: Sequence[float], baseline: Sequence[float]) -> str:
+    """Whether two sets of seeds lie apart."""
+    difference = f"{statistics.fmean(values) - statistics.fmean(baseline):+.2f} dB"
+    if min(len(values), len(baseline)) < 2:
+        return f"{difference}, one seed has no spread"
+    if max(values) < min(baseline):
+        return f"{difference}, worse beyond seed spread"
+    if min(values) > max(baseline):
+        return f"{difference}, better beyond seed spread"
+    return f"{difference}, within seed spread"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean +- standard deviation."""
+    if not values:
+        return "-"
+    deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def line(first: str, *cells: str, width: int = 10) -> str:
+    """A line of a table."""
+    return f"{first:20}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def save(record: Mapping[str, Any], path: Path) -> None:
+    """What is known so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(record, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
