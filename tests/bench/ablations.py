@@ -77,9 +77,29 @@ class Ablation:
     alter: Callable[[StageState], None] = nothing
 
 
+class LateralAsFrontal(StageModel):
+    """What the lateral X-ray says is wrong with c is told along the frontal rays as well."""
+
+    def _missing(self, volume: Tensor, noise_level: Tensor, xrays: Tensor, views: Tensor, view: int) -> Tensor:
+        return super()._missing(volume, noise_level, xrays[:, [view, view]], views[:, [view, view]], 0)
+
+
+class ErrorWithheld(StageModel):
+    """The network is not told what the X-rays say is wrong with c."""
+
+    def _missing(self, volume: Tensor, noise_level: Tensor, xrays: Tensor, views: Tensor, view: int) -> Tensor:
+        return torch.zeros_like(volume)
+
+
+def error_withheld(state: StageState) -> None:
+    """Two input channels are zero."""
+    state.model.__class__ = ErrorWithheld
+
+
 def lateral_as_frontal(state: StageState) -> None:
     """The network's lateral X-ray comes from behind, like the frontal one."""
     model, geometry = state.model, geometry_from_config(state.config)
+    model.__class__ = LateralAsFrontal
     model.projector = FrontalRays(geometry, state.stage.resolution).to(model.mean.device)
     model.lifter = FrontalRays(geometry, model.token_edge).to(model.mean.device)
 
@@ -96,6 +116,7 @@ def ablations(overrides: Sequence[str]) -> dict[str, Ablation]:
     return {
         **{name: Ablation(name, config) for name, config in configs.items()},
         "lateral_as_frontal": Ablation("lateral_as_frontal", baseline, lateral_as_frontal),
+        "error_withheld": Ablation("error_withheld", baseline, error_withheld),
         "v_prediction": Ablation("v_prediction", baseline, v_prediction),
         # As the first stage of its own it makes its c from the mean volume and the X-rays.
         "previous_withheld": Ablation(

@@ -7,7 +7,8 @@ from app.config import BackboneConfig
 from app.model.blocks import depth_to_space, sincos_positions, space_to_depth
 from app.model.denoiser import StageModel, build_model
 from app.model.diffusion import log_snr
-from app.physics.attenuation import x_to_mu
+from app.physics.attenuation import mu_to_x, x_to_mu
+from app.physics.sart import sart
 from app.train.loss import diffusion_loss, physics_loss
 from tests.conftest import tiny_config
 
@@ -72,6 +73,39 @@ def test_the_first_prior_explains_the_radiographs_better_than_the_mean() -> None
         return (model.projector(x_to_mu(x, model.hu_window)) - xrays).square().mean().item()
 
     assert error(prior) < 0.1 * error(model.mean)
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_network_is_told_what_a_view_says_is_wrong_with_c(view: int) -> None:
+    """Times sigma_r it is the first step that `sart` makes from that view alone; 0 where c is true."""
+    model = small_model(1)
+    model.residual_scale.fill_(0.25)
+    source = torch.Generator().manual_seed(2)
+    lowres, truth = torch.rand(1, 1, 8, 8, 8, generator=source) * 0.2, torch.rand(1, 1, 16, 16, 16, generator=source)
+    xrays = model.projector(x_to_mu(truth * 0.2, model.hu_window))
+    condition = model.condition(xrays, torch.ones(1, 2), lowres)
+    alone = torch.zeros(1, 2)
+    alone[0, view] = 1
+    corrected = sart(x_to_mu(condition.volume, model.hu_window), xrays, model.projector, 1, view_mask=alone)
+    assert corrected.min() > 0
+    expected = mu_to_x(corrected, model.hu_window) - condition.volume
+    assert torch.allclose(condition.rays[:, [2 + view]] * 0.25, expected, atol=1e-5)
+    true = model.projector(x_to_mu(condition.volume, model.hu_window))
+    assert model.condition(true, torch.ones(1, 2), lowres).rays[:, 2:].abs().max() < 1e-4
+
+
+def test_seen_x_rays_leave_c_alone() -> None:
+    """Of the first stage too, whose c is made from the X-rays: what differs is what the network is told of them."""
+    for stage in (0, 1):
+        model = small_model(stage)
+        values = inputs(model)
+        other = values["xrays"].flip(0)
+        right = model.condition(values["xrays"], torch.ones(2, 2), values.get("lowres"))
+        wrong = model.condition(values["xrays"], torch.ones(2, 2), values.get("lowres"), seen=other)
+        assert torch.equal(wrong.volume, right.volume)
+        assert torch.equal(wrong.rays[:, :2], right.rays[:, :2].flip(0))
+        assert not torch.equal(wrong.rays[:, 2:], right.rays[:, 2:])
+        assert torch.equal(wrong.lifted, right.lifted.flip(0))
 
 
 @pytest.mark.parametrize("name", ["x_t", "xrays", "lowres"])

@@ -7,7 +7,7 @@ import torch
 
 from app.model.denoiser import StageModel
 from app.model.diffusion import add_noise, alpha_sigma
-from tests.bench.ablations import lateral_as_frontal, v_prediction, verdict
+from tests.bench.ablations import error_withheld, lateral_as_frontal, v_prediction, verdict
 from tests.bench.experiment import fresh_state, with_steps
 from tests.conftest import tiny_config
 
@@ -46,10 +46,23 @@ def test_a_lateral_view_as_frontal_changes_the_network_s_rays_and_nothing_else()
     wrong, right = condition_of(state.model, xrays), condition_of(other.model, xrays)
     assert torch.equal(wrong.rays[:, 1], wrong.rays[:, 0])
     assert not torch.equal(right.rays[:, 1], right.rays[:, 0])
-    assert torch.equal(wrong.rays[:, 0], right.rays[:, 0])
+    assert torch.equal(wrong.rays[:, 3], wrong.rays[:, 2])
+    assert not torch.equal(right.rays[:, 3], right.rays[:, 2])
+    assert torch.equal(wrong.rays[:, [0, 2]], right.rays[:, [0, 2]])
     assert torch.equal(wrong.volume, right.volume)
     mu = torch.rand(1, 1, 8, 8, 8)
     assert torch.equal(state.model.projector(mu), other.model.projector(mu))
+
+
+def test_what_is_wrong_with_c_can_be_withheld() -> None:
+    """The last two channels are zero, the others as before."""
+    config = tiny_config()
+    state, other = (fresh_state(config, config.stages[0]) for _ in range(2))
+    error_withheld(state)
+    xrays = torch.rand(2, 2, 8, 8)
+    without, right = condition_of(state.model, xrays), condition_of(other.model, xrays)
+    assert torch.equal(without.rays[:, :2], right.rays[:, :2])
+    assert without.rays[:, 2:].abs().max() == 0 < right.rays[:, 2:].abs().max()
 
 
 @pytest.mark.parametrize(
