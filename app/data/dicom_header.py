@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,33 @@ class SliceHeader:
         return np.asarray(cross / np.linalg.norm(cross))
 
 
-def read_header(path: Path, meta: FileMeta) -> SliceHeader | None:
+@dataclass(frozen=True)
+class Tags:
+    """The elements of a file's header, by keys such as `0028|0030`, and the reader that can decode its pixels."""
+
+    reader: Any
+
+    def text(self, tag: str) -> str:
+        """An element's text, empty where the file has none."""
+        raw = self.reader.GetMetaData(tag) if self.reader.HasMetaDataKey(tag) else ""
+        # Bytes outside UTF-8 arrive as lone surrogates; an identifier must survive being encoded again.
+        return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip(" \0")
+
+    def numbers(self, tag: str, count: int) -> tuple[float, ...]:
+        """`count` finite numbers, or none."""
+        try:
+            values = tuple(float(part) for part in self.text(tag).split("\\"))
+        except ValueError:
+            return ()
+        return values if len(values) == count and np.isfinite(values).all() else ()
+
+    @property
+    def samples(self) -> int:
+        """Values per pixel."""
+        return int((self.numbers("0028|0002", 1) or (1.0,))[0])
+
+
+def read_tags(path: Path, meta: FileMeta) -> Tags | None:
     """The header of an image file, or None where it is damaged or GDCM cannot read it as an image."""
     if not is_intact(path, meta):
         return None
@@ -71,24 +98,19 @@ def read_header(path: Path, meta: FileMeta) -> SliceHeader | None:
         reader.ReadImageInformation()
     except RuntimeError:
         return None
+    return Tags(reader)
 
-    def text(tag: str) -> str:
-        raw = reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else ""
-        # Bytes outside UTF-8 arrive as lone surrogates; an identifier must survive being encoded again.
-        return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip(" \0")
 
-    def numbers(tag: str, count: int) -> tuple[float, ...]:
-        try:
-            values = tuple(float(part) for part in text(tag).split("\\"))
-        except ValueError:
-            return ()
-        return values if len(values) == count and np.isfinite(values).all() else ()
-
-    size = reader.GetSize()
+def read_header(path: Path, meta: FileMeta) -> SliceHeader | None:
+    """The header of a slice, or None where it is damaged or GDCM cannot read it as an image."""
+    tags = read_tags(path, meta)
+    if tags is None:
+        return None
+    text, numbers = tags.text, tags.numbers
+    size = tags.reader.GetSize()
     rows, columns = size[1], size[0]
-    samples = int((numbers("0028|0002", 1) or (1.0,))[0])
     bits = int((numbers("0028|0100", 1) or (16.0,))[0])
-    expected = rows * columns * samples * bits // 8 if meta.transfer_syntax in UNCOMPRESSED_SYNTAXES else 1
+    expected = rows * columns * tags.samples * bits // 8 if meta.transfer_syntax in UNCOMPRESSED_SYNTAXES else 1
     return SliceHeader(
         path=path,
         patient_id=text("0010|0020") or None,
@@ -99,7 +121,7 @@ def read_header(path: Path, meta: FileMeta) -> SliceHeader | None:
         modality=text("0008|0060"),
         image_type=tuple(part.strip().upper() for part in text("0008|0008").split("\\")),
         rescale_type=text("0028|1054"),
-        samples=samples,
+        samples=tags.samples,
         frames=size[2] if len(size) > 2 else 1,
         complete=path.stat().st_size >= expected,
         size=(rows, columns),

@@ -31,6 +31,7 @@ MAX_PIXELS = 2**25
 MIN_EDGE = 16
 GRAY_MODES = ("L", "I;16", "I;16B", "I;16L", "I")
 COLOR_MODES = ("RGB", "RGBA", "LA", "P", "PA")
+READINGS = ("line integrals", "inverted line integrals", "inverted intensity", "intensity")
 FULL_SCALES = (1.0, 255.0, 4095.0, 65535.0)
 """White of images that are inverted."""
 SMALLEST_INTENSITY = 1e-4
@@ -86,37 +87,92 @@ def read_radiograph(path: Path) -> Array:
     Raises:
         DataError: the file cannot be used; the message says why.
     """
+    values = read_pixels(path)
+    check_square(path, values)
+    return np.ascontiguousarray(values[::-1])
+
+
+def read_pixels(path: Path) -> Array:
+    """The values of a gray image (rows, columns) as the file has them, row 0 superior.
+
+    Raises:
+        DataError: the file cannot be used; the message says why.
+    """
     values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_image(path)
+    check_values(path, values)
+    return values
+
+
+def check_square(path: Path, values: Array) -> None:
+    """Refuse an image that cannot show the whole detector."""
     rows, columns = values.shape
     if rows != columns:
         raise DataError(f"{path}: expected a square image of the whole detector, found {columns} x {rows} pixels")
+
+
+def check_values(path: Path, values: Array) -> None:
+    """Refuse an image without content."""
     if not np.isfinite(values).all():
         raise DataError(f"{path}: holds values that are NaN or infinite")
     if np.ptp(values) == 0:
         raise DataError(f"{path}: all pixels have the same value")
-    return np.ascontiguousarray(values[::-1], dtype=np.float32)
+
+
+def check_size(path: Path, columns: int, rows: int) -> None:
+    """Refuse an image that declares too many pixels, or has too few."""
+    if columns * rows > MAX_PIXELS:
+        raise DataError(f"{path}: declares too many pixels, {columns} x {rows}, the limit is {MAX_PIXELS}")
+    if min(columns, rows) < MIN_EDGE:
+        raise DataError(f"{path}: expected at least {MIN_EDGE} pixels along each edge, found {columns} x {rows}")
 
 
 def align(given: Mapping[str, Array], rendered: Array) -> dict[str, Alignment]:
     """Fit each given view (n, n) to our projection (2, N, N), as it is and turned."""
-    return {view: _align(view, read_values(values, rendered.shape[-1]), rendered) for view, values in given.items()}
+    return {view: align_view(view, read_values(values, rendered.shape[-1]), rendered) for view, values in given.items()}
+
+
+def align_view(view: str, readings: Mapping[str, Array], rendered: Array) -> Alignment:
+    """Fit the readings (N, N) of one view to our projection (2, N, N), as they are and turned."""
+    other = VIEWS[1 - VIEWS.index(view)]
+    own, swapped = rendered[VIEWS.index(view)], rendered[VIEWS.index(other)]
+    sideways = "left to right" if view == "frontal" else "front to back"
+    turned = {
+        f"mirrored {sideways}": fit({name: t[:, ::-1] for name, t in readings.items()}, own),
+        "upside down": fit({name: t[::-1] for name, t in readings.items()}, own),
+        "rotated by 180 degrees": fit({name: t[::-1, ::-1] for name, t in readings.items()}, own),
+        f"as the {other} view": fit(readings, swapped),
+    }
+    best = min(turned, key=lambda name: turned[name].difference)
+    return Alignment(view, fit(readings, own), best, turned[best].difference)
 
 
 def read_values(values: Array, edge: int) -> dict[str, Array]:
     """Each reading t of an image (n, n) on a grid of (edge, edge) pixels of the same detector."""
+    possible = READINGS if values.min() >= 0 else READINGS[:-1]
+    return {reading: resize(read_as(values, reading), edge) for reading in possible}
+
+
+def read_as(values: Array, reading: str, white: float | None = None) -> Array:
+    """One of READINGS: t of the values of an image, of the same shape.
+
+    Args:
+        values: of the image; not negative where they are intensities.
+        reading: how to understand them.
+        white: what an inverted image was subtracted from; None guesses it from the largest value.
+    """
+    if reading == "line integrals":
+        return values
+    if reading == "inverted line integrals":
+        return -values
     top = float(values.max())
-    white = next((scale for scale in FULL_SCALES if top <= scale), top)
     is_integer = top > 1 and bool(np.array_equal(values, np.rint(values)))
     # Half a gray level is the best guess for what was rounded to zero.
     dark = 0.5 if is_integer else SMALLEST_INTENSITY * max(top, 1e-30)
-    readings = {
-        "line integrals": values,
-        "inverted line integrals": -values,
-        "inverted intensity": -np.log(np.maximum(white - values, dark)),
-    }
-    if values.min() >= 0:
-        readings["intensity"] = -np.log(np.maximum(values, dark))
-    return {name: resize(reading, edge) for name, reading in readings.items()}
+    if reading == "intensity":
+        return -np.log(np.maximum(values, dark))
+    if white is None:
+        white = next((scale for scale in FULL_SCALES if top <= scale), top)
+    return -np.log(np.maximum(white - values, dark))
 
 
 def fit(readings: Mapping[str, Array], rendered: Array) -> Fit:
@@ -142,20 +198,6 @@ def _least_squares(t: Array, p: Array, reading: str) -> Fit:
     return Fit(np.maximum(fitted, 0).astype(np.float32), difference, reading)
 
 
-def _align(view: str, readings: Mapping[str, Array], rendered: Array) -> Alignment:
-    other = VIEWS[1 - VIEWS.index(view)]
-    own, swapped = rendered[VIEWS.index(view)], rendered[VIEWS.index(other)]
-    sideways = "left to right" if view == "frontal" else "front to back"
-    turned = {
-        f"mirrored {sideways}": fit({name: t[:, ::-1] for name, t in readings.items()}, own),
-        "upside down": fit({name: t[::-1] for name, t in readings.items()}, own),
-        "rotated by 180 degrees": fit({name: t[::-1, ::-1] for name, t in readings.items()}, own),
-        f"as the {other} view": fit(readings, swapped),
-    }
-    best = min(turned, key=lambda name: turned[name].difference)
-    return Alignment(view, fit(readings, own), best, turned[best].difference)
-
-
 def _read_npy(path: Path) -> Array:
     try:
         # A memory map reads the header alone and fails where the file is shorter than that declares.
@@ -164,7 +206,7 @@ def _read_npy(path: Path) -> Array:
         raise DataError(f"{path}: not a complete NumPy array of numbers; save it with numpy.save") from None
     if mapped.dtype.kind not in "iuf" or mapped.ndim != 2:
         raise DataError(f"{path}: expected a 2D array of numbers, found {mapped.dtype} {mapped.shape}")
-    _check_size(path, mapped.shape[1], mapped.shape[0])
+    check_size(path, mapped.shape[1], mapped.shape[0])
     return np.asarray(mapped, dtype=np.float32)
 
 
@@ -173,7 +215,7 @@ def _read_image(path: Path) -> Array:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG", "JPEG")) as image:
-                _check_size(path, *image.size)
+                check_size(path, *image.size)
                 return _gray(image, path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{path}: declares too many pixels, the limit is {MAX_PIXELS}") from None
@@ -182,13 +224,6 @@ def _read_image(path: Path) -> Array:
     except (OSError, SyntaxError, ValueError):
         # Pillow says SyntaxError for a damaged PNG.
         raise DataError(f"{path}: cannot be decoded (damaged or truncated image)") from None
-
-
-def _check_size(path: Path, columns: int, rows: int) -> None:
-    if columns * rows > MAX_PIXELS:
-        raise DataError(f"{path}: declares too many pixels, {columns} x {rows}, the limit is {MAX_PIXELS}")
-    if min(columns, rows) < MIN_EDGE:
-        raise DataError(f"{path}: expected at least {MIN_EDGE} pixels along each edge, found {columns} x {rows}")
 
 
 def _gray(image: Image.Image, path: Path) -> Array:

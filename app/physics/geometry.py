@@ -46,6 +46,11 @@ class Geometry:
                 "move the source away or make the field of view smaller"
             )
 
+    @property
+    def magnification(self) -> float:
+        """Of the plane through the isocentre: SDD / SOD."""
+        return self.source_to_detector_mm / self.source_to_isocenter_mm
+
 
 def geometry_from_config(config: Config) -> Geometry:
     """The geometry that `config.geometry` and the field of view describe."""
