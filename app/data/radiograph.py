@@ -168,11 +168,10 @@ def read_as(values: Array, reading: str, white: float | None = None) -> Array:
     is_integer = top > 1 and bool(np.array_equal(values, np.rint(values)))
     # Half a gray level is the best guess for what was rounded to zero.
     dark = 0.5 if is_integer else SMALLEST_INTENSITY * max(top, 1e-30)
-    if reading == "intensity":
-        return -np.log(np.maximum(values, dark))
     if white is None:
         white = next((scale for scale in FULL_SCALES if top <= scale), top)
-    return -np.log(np.maximum(white - values, dark))
+    t: Array = -np.log(np.maximum(values if reading == "intensity" else white - values, dark))
+    return t
 
 
 def fit(readings: Mapping[str, Array], rendered: Array) -> Fit:
