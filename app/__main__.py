@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import multiprocessing
 import os
@@ -19,6 +18,8 @@ from app.chaos_plan import add_arguments, plan_of
 from app.env import Environment, launcher_ranks
 from app.errors import AppError, ConfigError, LockError, MachineError, Stopped
 from app.log import setup_logging
+from app.runpod_commands import add_runpod_commands
+from app.sample_plan import add_sample_arguments, sample_plan
 from app.workspace import RunDir, Workspace
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     _command(commands, "checkpoints", _checkpoints, "list and verify the checkpoints, name the one to resume from")
     export = _command(commands, "export", _export, "write all finished stages into one file for use elsewhere")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as cascade.pt")
+    add_sample_arguments(_command(commands, "sample", _sample, "turn two radiographs into a CT volume"))
     _evaluate_command(commands)
     add_arguments(
         _command(commands, "chaos", _chaos, "rehearse the loss of machines: kill a run often, print a verdict")
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     dashboard = commands.add_parser("dashboard", help=summary, description=summary[0].upper() + summary[1:] + ".")
     dashboard.set_defaults(run=_dashboard)
     _add_runtime(dashboard)
-    _runpod_commands(commands)
+    add_runpod_commands(commands)
     return top
 
 
@@ -102,20 +104,6 @@ def _add_runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runtime", type=Path, default=Path("/run"), metavar="DIR", help="for passwords and the like (default: /run)"
     )
-
-
-def _runpod_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    template = commands.add_parser("runpod-template", help="create the RunPod template, or name its image")
-    template.set_defaults(run=_runpod_template)
-    template.add_argument("--file", type=Path, default=Path("docker/runpod-template.json"), metavar="FILE")
-    template.add_argument("--pin", metavar="IMAGE@DIGEST", help="write this image into the file and do nothing else")
-    watch = commands.add_parser("runpod-watch", help="start a pod again if it was taken away; for cron, at a desk")
-    watch.set_defaults(run=_runpod_watch)
-    watch.add_argument("pod", metavar="POD_ID")
-    watch.add_argument("--max-starts", type=int, default=20, metavar="N", help="in all, counted in the ledger (20)")
-    watch.add_argument("--max-usd-per-hour", type=float, required=True, metavar="USD", help="a dearer pod is left")
-    ledger = Path.home() / ".local/state/hybrid_vit_cascade/runpod-watch.jsonl"
-    watch.add_argument("--ledger", type=Path, default=ledger, metavar="FILE", help=f"of starts ({ledger})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,8 +172,10 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
         polled()
     from app.cascade import train
     from app.config_file import load_config
+    from app.ops.crash_budget import record_crash
     from app.ops.refusal import leave_reason
     from app.train.parallel import join
+    from app.train.volume import volume_error
 
     workspace = Workspace(env.workspace)
     run_dir: RunDir | None = None
@@ -204,10 +194,10 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
             leave_reason(run_dir or workspace.run_dir(env.run_name), error)
         raise
     except Exception as error:
-        full = _volume_problem(error)
+        full = volume_error(error)
         if full is None:
             if run_dir is not None and ranks.is_first:
-                _record(error, run_dir)
+                record_crash(error, run_dir)
             raise
         problem = MachineError(
             f"{workspace.root}: {full.strerror}. The checkpoints so far are whole. Make room or mount a larger volume, "
@@ -217,28 +207,6 @@ def _train(arguments: argparse.Namespace, env: Environment) -> int:
             leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
         raise problem from error
     return 0
-
-
-def _record(error: Exception, run_dir: RunDir) -> None:
-    """For the supervisor to see whether the same error comes again at the same step."""
-    from app.ops.crash_budget import Attempts
-    from app.ops.step_mark import marked
-
-    try:
-        Attempts(run_dir).failed(error, marked(run_dir.step_mark))
-    except (MachineError, OSError) as problem:
-        log.error("the crash cannot be recorded: %s", problem)
-
-
-def _volume_problem(error: BaseException | None) -> OSError | None:
-    """The error of a full or read-only volume that is behind `error`; torch wraps it."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return error
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _supervise(arguments: argparse.Namespace, env: Environment) -> int:
@@ -280,26 +248,6 @@ def _train_arguments(arguments: argparse.Namespace) -> list[str]:
     for text in arguments.overrides:
         parts += ["--set", text]
     return [*parts, "--stages", *arguments.stages] if arguments.stages else parts
-
-
-def _runpod_template(arguments: argparse.Namespace, env: Environment) -> int:
-    from app.ops.pod import api_of
-    from app.ops.runpod import create_template, pin_image
-
-    if arguments.pin is not None:
-        pin_image(arguments.file, arguments.pin)
-        print(f"{arguments.file}: the image is {arguments.pin}")
-    else:
-        print(f"template {create_template(arguments.file, api_of(env))} was created")
-    return 0
-
-
-def _runpod_watch(arguments: argparse.Namespace, env: Environment) -> int:
-    from app.ops.pod import api_of
-    from app.ops.runpod import watch
-
-    print(watch(api_of(env), arguments.pod, arguments.max_starts, arguments.max_usd_per_hour, arguments.ledger))
-    return 0
 
 
 def _prepare(arguments: argparse.Namespace, env: Environment) -> int:
@@ -349,6 +297,16 @@ def _export(arguments: argparse.Namespace, env: Environment) -> int:
 
     stages = export(_run_dir(arguments, env), arguments.out)
     print(f"{arguments.out}: {', '.join(stages)}, {arguments.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.ops.signals import StopSignal
+
+    stop, plan = StopSignal(_leave_stopped), sample_plan(arguments)
+    from app.sample import sample
+
+    print(sample(plan, _run_dir(arguments, env) if plan.model is None else None, stop))
     return 0
 
 

@@ -6,6 +6,7 @@ Two budgets: any crashes, `BUDGET` of them; and the same error at the same step,
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import traceback
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import MachineError
+from app.ops.step_mark import marked
 from app.workspace import RunDir
+
+log = logging.getLogger(__name__)
 
 BUDGET = 5
 """Crashes in a row, none of which came further than the one before."""
@@ -186,3 +190,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict):
             yield line
+
+
+def record_crash(error: Exception, run_dir: RunDir) -> None:
+    """For the supervisor to see whether the same error comes again at the same step."""
+    try:
+        Attempts(run_dir).failed(error, marked(run_dir.step_mark))
+    except (MachineError, OSError) as problem:
+        log.error("the crash cannot be recorded: %s", problem)

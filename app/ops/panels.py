@@ -54,6 +54,17 @@ PLANES = (Direction("axial", "RL"), Direction("coronal", "RL"), Direction("sagit
 VIEWS = (Direction("frontal", "RL"), Direction("lateral", "AP"))
 SLICE_COLUMNS = ("truth", "prediction", "|error|", "condition")
 VIEW_COLUMNS = ("X-ray", "DRR of prediction", "DRR - X-ray", "colours")
+SAMPLE_WINDOWS = {"lung": LUNG_HU, "mediastinum": MEDIASTINUM_HU}
+SAMPLE_PLACES = {"middle": 1 / 2, "at a third": 1 / 3}
+"""Shares of an axis from its inferior, anterior or right end. The middle sagittal slice shows no lung."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows of tiles under the same headings."""
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[Direction, list[Picture]]]
 
 
 class PanelCase(Protocol):
@@ -114,12 +125,64 @@ def _panel(case: PanelCase, windows: Mapping[str, tuple[float, float]]) -> Pictu
     frontal.append(_scale(ERROR_COLOURS, "0", f"{LARGEST_ERROR_HU:.0f} HU", "error", tile))
     edge = f"{LARGEST_DIFFERENCE * brightest:.2g}"
     lateral.append(_scale(DIFFERENCE_COLOURS, f"-{edge}", f"+{edge}", "DRR - X-ray", tile))
-    return _compose(case.title, [*slices, frontal, lateral], [*directions, *VIEWS], tile)
+    sections = [
+        Section(SLICE_COLUMNS, list(zip(directions, slices, strict=True))),
+        Section(VIEW_COLUMNS, list(zip(VIEWS, (frontal, lateral), strict=True))),
+    ]
+    return _compose(case.title, sections, tile)
+
+
+def sample_panel(title: str, xrays: Floats, drr: Floats, hu: Floats, shown: Sequence[bool]) -> Picture:
+    """A volume that was made from radiographs, (H, W, 3) uint8.
+
+    Rows: both views, with the X-ray as used, the DRR of the volume, and their difference; then axial, coronal and
+    sagittal slices in the lung and the mediastinal window.
+
+    Args:
+        title: above the picture.
+        xrays: (2, Nv, Nu) line integrals as used.
+        drr: (2, Nv, Nu) line integrals of the volume.
+        hu: (D, H, W) the volume.
+        shown: which of the two views were given.
+    """
+    tile = _tile_edge(hu.shape[0])
+    brightest = max(float(drr.max()), *(float(xrays[view].max()) for view in range(len(VIEWS)) if shown[view]), 1e-6)
+    edge = f"{LARGEST_DIFFERENCE * brightest:.2g}"
+    colours = _scale(DIFFERENCE_COLOURS, f"-{edge}", f"+{edge}", "DRR - X-ray", tile)
+    absent = _text_tile("not given", tile)
+    views = []
+    for view, direction in enumerate(VIEWS):
+        xray, made, difference = _radiographs(xrays[view], drr[view], brightest, tile)
+        views.append((direction, [xray, made, difference, colours] if shown[view] else [absent, made]))
+    slices = [
+        (
+            plane,
+            [
+                _enlarge(_grey_hu(slice_at(hu, plane.name, share), window), tile)
+                for share in SAMPLE_PLACES.values()
+                for window in SAMPLE_WINDOWS.values()
+            ],
+        )
+        for plane in PLANES
+    ]
+    columns = [f"{window}, {place}" for place in SAMPLE_PLACES for window in SAMPLE_WINDOWS]
+    return _compose(title, [Section(("X-ray as used", *VIEW_COLUMNS[1:]), views), Section(columns, slices)], tile)
 
 
 def middle_slice(volume: Floats, plane: str) -> Floats:
-    """The middle slice of (D, H, W) as a person sees it: superior up, the patient's left or back on the right."""
-    z, y, x = (edge // 2 for edge in volume.shape)
+    """The middle slice of (D, H, W), see `slice_at`."""
+    return slice_at(volume, plane, 1 / 2)
+
+
+def slice_at(volume: Floats, plane: str, share: float) -> Floats:
+    """A slice of (D, H, W) as a person sees it: superior up, the patient's left or back on the right.
+
+    Args:
+        volume: the cube.
+        plane: axial, coronal or sagittal.
+        share: where along the plane's normal, from 0 (inferior, anterior, right) to 1.
+    """
+    z, y, x = (int(edge * share) for edge in volume.shape)
     if plane == "axial":
         image: Floats = volume[z]
         return image
@@ -136,7 +199,11 @@ def _slices(case: PanelCase, plane: str, tile: int, window: tuple[float, float])
 
 
 def _view(case: PanelCase, view: int, brightest: float, tile: int) -> list[Picture]:
-    xray, drr = (np.flip(images[view], axis=0) / brightest for images in (case.xrays, case.drr))
+    return _radiographs(case.xrays[view], case.drr[view], brightest, tile)
+
+
+def _radiographs(xray: Floats, drr: Floats, brightest: float, tile: int) -> list[Picture]:
+    xray, drr = (np.flip(image, axis=0) / brightest for image in (xray, drr))
     difference = _coloured(0.5 + 0.5 * (drr - xray) / LARGEST_DIFFERENCE, DIFFERENCE_COLOURS)
     return [_enlarge(image, tile) for image in (_grey(xray), _grey(drr), difference)]
 
@@ -181,27 +248,33 @@ def _scale(colours: Colours, low: str, high: str, title: str, tile: int) -> Pict
     return np.asarray(image)
 
 
-def _compose(title: str, rows: list[list[Picture]], directions: Sequence[Direction], tile: int) -> Picture:
+def _text_tile(text: str, tile: int) -> Picture:
+    image = Image.new("RGB", (tile, tile), (BACKGROUND,) * 3)
+    ImageDraw.Draw(image).text((tile // 2, tile // 2), text, INK, ImageFont.load_default(FONT_SIZE), anchor="mm")
+    return np.asarray(image)
+
+
+def _compose(title: str, sections: Sequence[Section], tile: int) -> Picture:
     step = tile + MARGIN
-    width = ROW_LABEL + MARGIN + len(SLICE_COLUMNS) * step
-    height = 3 * HEADER + len(rows) * step
+    width = ROW_LABEL + MARGIN + max(len(section.columns) for section in sections) * step
+    height = (1 + len(sections)) * HEADER + sum(len(section.rows) for section in sections) * step
     image = Image.new("RGB", (width, height), (BACKGROUND,) * 3)
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(FONT_SIZE)
     draw.text((MARGIN, HEADER // 2), title, INK, font, anchor="lm")
     y = HEADER
-    for index, (row, direction) in enumerate(zip(rows, directions, strict=True)):
-        if index in (0, len(rows) - len(VIEWS)):
-            for column, name in enumerate(SLICE_COLUMNS if index == 0 else VIEW_COLUMNS):
-                x = ROW_LABEL + MARGIN + column * step + tile // 2
-                draw.text((x, y + HEADER // 2), name, INK, font, anchor="mm")
-            y += HEADER
-        _paste_upright(image, direction.name, (MARGIN // 2, y), tile)
-        for column, picture in enumerate(row):
-            image.paste(Image.fromarray(picture), (ROW_LABEL + MARGIN + column * step, y))
-        for letter, x, anchor in zip(direction.ends, (3, tile - 3), ("lt", "rt"), strict=True):
-            draw.text((ROW_LABEL + MARGIN + x, y + 3), letter, LETTERS, font, anchor=anchor)
-        y += step
+    for section in sections:
+        for column, name in enumerate(section.columns):
+            x = ROW_LABEL + MARGIN + column * step + tile // 2
+            draw.text((x, y + HEADER // 2), name, INK, font, anchor="mm")
+        y += HEADER
+        for direction, row in section.rows:
+            _paste_upright(image, direction.name, (MARGIN // 2, y), tile)
+            for column, picture in enumerate(row):
+                image.paste(Image.fromarray(picture), (ROW_LABEL + MARGIN + column * step, y))
+            for letter, x, anchor in zip(direction.ends, (3, tile - 3), ("lt", "rt"), strict=True):
+                draw.text((ROW_LABEL + MARGIN + x, y + 3), letter, LETTERS, font, anchor=anchor)
+            y += step
     return np.asarray(image)
 
 

@@ -1,4 +1,4 @@
-"""What a volume takes: its write speed, and a forecast before each save."""
+"""What a volume takes: its write speed, a forecast before each save, and the errors of one that takes no more."""
 
 from __future__ import annotations
 
@@ -43,3 +43,14 @@ def expect_room(folder: Path, size: int, spare_gib: float) -> None:
     if free - size < spare_gib * GIB:
         found = f"{free / GIB:.2f} GiB are free, a save takes {size / GIB:.2f}"
         raise OSError(errno.ENOSPC, f"{found}, and {spare_gib:g} stay free (checkpoint.min_free_gib)")
+
+
+def volume_error(error: BaseException | None) -> OSError | None:
+    """The error of a full or read-only volume that is behind `error`; torch wraps it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
