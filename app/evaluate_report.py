@@ -60,7 +60,7 @@ def _stage_table(figures: StageFigures, patients: str) -> str:
     lines = [
         f"{figures.stage}, epoch {figures.epoch}: {len(figures.cases)} {PATIENTS[patients]}, {figures.steps} sampler "
         f"steps, {figures.samples} sample{'s averaged' if figures.samples > 1 else ''}, "
-        f"{figures.seconds_per_volume:.1f} s per volume; mean ± spread over the cases"
+        f"{figures.seconds_per_volume:.1f} s per volume; mean +- spread over the cases"
     ]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
@@ -79,7 +79,7 @@ def _number(mean: float, spread: float, decimals: int) -> str:
     if math.isnan(mean):
         return "-"
     text = f"{mean:.{decimals}f}"
-    return text if math.isnan(spread) else f"{text} ± {spread:.{decimals}f}"
+    return text if math.isnan(spread) else f"{text} +- {spread:.{decimals}f}"
 
 
 def as_json(found: Sequence[StageFigures], patients: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_commands_on_a_run_without_checkpoints_say_so(tmp_path: Path) -> None:
     )
     assert (listing.returncode, export.returncode, status.returncode) == (74, 74, 69)
     assert f"no checkpoints in {tmp_path / RUN}" in listing.stdout
-    assert "no stage is finished (no _final.pt with its _best.pt); nothing to export" in export.stdout
+    assert "no stage is finished (no _final.pt with its _best.pt); train first" in export.stdout
     assert "status.json: no run has started here" in status.stdout
 
 
