@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import TINY
-from tests.runs import RUN, command, load, train
+from tests.runs import RUN, command, load
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with a finished tiny run."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    code, output = train(folder)
-    assert code == 0, output
-    return folder
+    return shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "workspace")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import shutil
 import struct
 from pathlib import Path
 
@@ -18,17 +19,15 @@ from app.errors import AppError, CheckpointError, ConfigError, MachineError, Sto
 from app.sample import sample
 from app.sample_plan import sample_plan
 from app.workspace import RunDir
-from tests.runs import RUN, command, train
+from tests.runs import RUN, command
 
 FOV = 384.0
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny cascade, its export, and radiographs of a held-out patient in `xrays/`."""
-    folder = tmp_path_factory.mktemp("workspace")
-    code, output = train(folder)
-    assert code == 0, output
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("sampled") / "workspace")
     exported = command(folder, "export", "--config", "tests/tiny.yaml", "--out", str(folder / "cascade.pt"))
     assert exported.returncode == 0, exported.stdout
     split = json.loads((folder / RUN / "split.json").read_text())
