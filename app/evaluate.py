@@ -19,6 +19,7 @@ from app.config import ComputeConfig, Config
 from app.data.cases import Case, CaseStore, prepare, split_patients
 from app.errors import ConfigError, DataError
 from app.evaluate_report import as_json, scalars, table
+from app.ops.event_files import event_files
 from app.ops.panels import Picture, evaluation_panel
 from app.ops.writers import TensorBoardLog
 from app.train.figures import Assessment, KeptLowres, StageFigures, assess_stage
@@ -208,6 +209,8 @@ def _write(
     """Table, JSON, pictures and TensorBoard's event file, in a folder of the run that its trainer never touches."""
     folder = run_dir.evaluation(plan.patients)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*event_files(folder), *folder.glob("stage_*.png")):
+        old.unlink()
     atomic_write(folder / "table.txt", (table(found, plan.patients) + "\n").encode())
     atomic_write(folder / "figures.json", json.dumps(as_json(found, plan.patients), indent=1).encode())
     curves = TensorBoardLog(folder)
