@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.config import Config
 from app.config_file import load_config
@@ -19,6 +20,12 @@ CT_DIR = Path(os.environ.get("CT_DIR", ROOT.parent / "shared" / "ct"))
 def tiny_config(*overrides: str) -> Config:
     """The tiny cascade with some keys changed."""
     return load_config(TINY, overrides, Environment.read({}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors: a second thread costs more than it brings, and far more on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from app.errors import LockError, MachineError
 from app.ops.event_files import EventReader
 from app.ops.layout import layout
 from app.ops.writers import LAYOUT_TAG, RunLog, TensorBoardLog
-from app.tags import PHYSICS_WEIGHT, VAL_PSNR, names
+from app.tags import PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE, names
 
 STAGES = ("stage_16", "stage_32", "stage_64")
 
@@ -69,7 +69,8 @@ def test_the_layout_comes_back_and_its_expressions_match_our_tags(tmp_path: Path
     log.close()
     (event,) = read(tmp_path).Tensors(LAYOUT_TAG)
     parsed = Layout.FromString(event.tensor_proto.string_val[0])
-    tags = [tag for stage in STAGES for tag in (*names(stage), f"{stage}/{PHYSICS_WEIGHT}", f"{stage}/{VAL_PSNR}")]
+    more = (PHYSICS_WEIGHT, VAL_PSNR, VAL_GAIN, VAL_XRAY_USE, VAL_PROJECTION_ERROR)
+    tags = [tag for stage in STAGES for tag in (*names(stage), *(f"{stage}/{tag}" for tag in more))]
 
     def matches(title: str, chart: int) -> list[str]:
         (category,) = [category for category in parsed.category if category.title == title]
