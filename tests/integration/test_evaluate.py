@@ -13,7 +13,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import TINY
-from tests.runs import RUN, command, load
+from tests.runs import RUN, command, load, train
+from tests.scans import write_scan
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_the_same_command_gives_the_same_figures(workspace: Path, evaluation: di
 
 
 def test_curves_and_pictures_are_left_beside_the_run(workspace: Path) -> None:
-    """Read back through TensorBoard, those of the last evaluation alone; the trainer's own curves are not written to."""
+    """Read back through TensorBoard, those of the last evaluation; the trainer's own curves are not written to."""
     folder = workspace / RUN / "evaluation" / "val"
     done = command(workspace, "evaluate", "--config", str(TINY), "--no-curves", "--samples", "2")
     assert "2 samples averaged" in done.stdout, done.stdout
@@ -118,6 +119,25 @@ def test_test_patients_are_others(workspace: Path) -> None:
     assert len(stages["stage_32"]["cases"]) == 3
     assert not own & stages["stage_32"]["cases"].keys()
     assert sorted(path.name for path in (workspace / "cache").iterdir()) == before
+
+
+def test_test_scans_that_the_run_knows_are_refused(tmp_path: Path) -> None:
+    """One of its own among them: 65; others are evaluated, and the split and the cache of the run stay as they are."""
+    for index in range(3):
+        write_scan(tmp_path / "data" / f"scan{index}.nii.gz", index)
+    code, output = train(tmp_path, "--set", "data.source=ct", "--set", "stages.*.epochs=1", "--stages", "stage_8")
+    assert code == 0, output
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    write_scan(tmp_path / "others" / "scan5.nii.gz", 5)
+    words = ("evaluate", "--config", str(TINY), "--data", str(tmp_path / "others"), "--no-curves")
+    done = command(tmp_path, *words)
+    assert done.returncode == 0, done.stdout
+    assert "1 test patients" in done.stdout
+    write_scan(tmp_path / "others" / "scan1.nii.gz", 1)
+    done = command(tmp_path, *words)
+    assert done.returncode == 65
+    assert "1 of 2 test scans belong to the patients of this run" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
 
 def test_a_damaged_checkpoint_is_named_and_left_where_it_is(workspace: Path, tmp_path: Path) -> None:
