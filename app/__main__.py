@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from app.chaos_plan import add_arguments, plan_of
 from app.env import Environment, launcher_ranks
 from app.errors import AppError, ConfigError, LockError, MachineError, Stopped
+from app.evaluate_plan import add_evaluate_arguments, evaluate_plan
 from app.log import setup_logging
 from app.runpod_commands import add_runpod_commands
 from app.sample_plan import add_sample_arguments, sample_plan
@@ -71,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write all finished stages into one file for use elsewhere")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as cascade.pt")
     add_sample_arguments(_command(commands, "sample", _sample, "turn two radiographs into a CT volume"))
-    _evaluate_command(commands)
+    add_evaluate_arguments(
+        _command(commands, "evaluate", _evaluate, "figures of a run on unseen patients, beside every baseline")
+    )
     add_arguments(
         _command(commands, "chaos", _chaos, "rehearse the loss of machines: kill a run often, print a verdict")
     )
@@ -81,23 +84,6 @@ def parser() -> argparse.ArgumentParser:
     _add_runtime(dashboard)
     add_runpod_commands(commands)
     return top
-
-
-def _evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _command(commands, "evaluate", _evaluate, "figures of a run on unseen patients, beside every baseline")
-    command.add_argument("--patients", choices=("val", "train", "test"), help="of the run's split, or new ones (val)")
-    command.add_argument("--data", type=Path, metavar="DIR", help="folder with the CTs of test patients")
-    command.add_argument("--cases", type=int, metavar="N", help="the first N of them only")
-    command.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="report these only (default: all)")
-    command.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the config's)")
-    command.add_argument("--samples", type=int, default=1, metavar="N", help="average N: best PSNR, no texture (1)")
-    command.add_argument("--pictures", type=int, default=4, metavar="N", help="cases that are drawn (4)")
-    command.add_argument("--no-curves", action="store_true", help="skip PSNR by sampler steps and by noise level")
-    command.add_argument("--seed", type=int, default=0, help="of the sampler's noise (0)")
-    command.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
-    )
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _add_runtime(command: argparse.ArgumentParser) -> None:
@@ -313,11 +299,10 @@ def _sample(arguments: argparse.Namespace, env: Environment) -> int:
 def _evaluate(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.signals import StopSignal
 
-    stop = StopSignal(_leave_stopped)
-    from app.evaluate import Plan, evaluate
+    stop, plan = StopSignal(_leave_stopped), evaluate_plan(arguments)
+    from app.evaluate import evaluate
     from app.evaluate_report import as_json, table
 
-    plan = Plan.of(arguments)
     found, folder = evaluate(_run_dir(arguments, env), Workspace(env.workspace), plan, stop)
     if arguments.json:
         import json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -15,9 +14,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from app.config import ComputeConfig, Config
+from app.config import Config
 from app.data.cases import Case, CaseStore, prepare, split_patients
 from app.errors import ConfigError, DataError
+from app.evaluate_plan import EvaluatePlan
 from app.evaluate_report import as_json, scalars, table
 from app.ops.event_files import event_files
 from app.ops.panels import Picture, evaluation_panel
@@ -25,7 +25,7 @@ from app.ops.writers import TensorBoardLog
 from app.train.figures import Assessment, KeptLowres, StageFigures, assess_stage
 from app.train.handover import mean_volume
 from app.train.inference import TrainedCascade, read_run
-from app.train.precision import Precision, choose_device, choose_precision
+from app.train.precision import Precision, precision_for_use
 from app.train.protocols import CasePicture, Stop
 from app.train.samples import StageCases
 from app.workspace import RunDir, Workspace, atomic_file, atomic_write
@@ -34,47 +34,6 @@ log = logging.getLogger(__name__)
 
 TEST_SEED = 1_000_003
 """Added to the phantoms' seed: other patients than those of any run."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the command line asks for."""
-
-    patients: str
-    """`val`, `train` or `test`."""
-    data: Path | None
-    """Folder of test patients; None are new phantoms."""
-    cases: int | None
-    stages: tuple[str, ...]
-    steps: int | None
-    samples: int
-    pictures: int
-    curves: bool
-    seed: int
-    device: str
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Plan:
-        """From the command line.
-
-        Raises:
-            ConfigError: options that contradict each other.
-        """
-        if arguments.data is not None and arguments.patients not in (None, "test"):
-            raise ConfigError("--data is a folder of test patients: leave --patients out, or say --patients test")
-        patients = arguments.patients or ("test" if arguments.data is not None else "val")
-        return cls(
-            patients=patients,
-            data=arguments.data,
-            cases=arguments.cases,
-            stages=tuple(arguments.stages),
-            steps=arguments.steps,
-            samples=arguments.samples,
-            pictures=arguments.pictures,
-            curves=not arguments.no_curves,
-            seed=arguments.seed,
-            device=arguments.device,
-        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +46,7 @@ class _Patients:
     train: tuple[Case, ...]
 
 
-def evaluate(run_dir: RunDir, workspace: Workspace, plan: Plan, stop: Stop) -> tuple[list[StageFigures], Path]:
+def evaluate(run_dir: RunDir, workspace: Workspace, plan: EvaluatePlan, stop: Stop) -> tuple[list[StageFigures], Path]:
     """Assess every trained stage, each fed by the real output of the one before.
 
     Returns:
@@ -108,16 +67,15 @@ def evaluate(run_dir: RunDir, workspace: Workspace, plan: Plan, stop: Stop) -> t
         )
     torch.set_num_threads(config.compute.threads)
     torch.set_flush_denormal(True)
-    device = choose_device(ComputeConfig(device=plan.device))  # type: ignore[arg-type]
-    precision = Precision(choose_precision(ComputeConfig(), device), device)
+    precision = precision_for_use(plan.device)
     with tempfile.TemporaryDirectory(prefix="evaluate-") as scratch:
         patients = _patients(config, workspace, run_dir, plan, Path(scratch), stop)
-        found, pictures = _assess(cascade, patients, plan, device, precision, stop)
+        found, pictures = _assess(cascade, patients, plan, precision, stop)
     return found, _write(run_dir, plan, found, pictures)
 
 
 def _patients(
-    config: Config, workspace: Workspace, run_dir: RunDir, plan: Plan, scratch: Path, stop: Stop
+    config: Config, workspace: Workspace, run_dir: RunDir, plan: EvaluatePlan, scratch: Path, stop: Stop
 ) -> _Patients:
     train_store = CaseStore.open(config, workspace)
     split = split_patients(train_store, config, run_dir)
@@ -139,7 +97,7 @@ def _patients(
     return _Patients(store, chosen[: plan.cases], train_store, train)
 
 
-def _test_store(config: Config, plan: Plan, scratch: Path, stop: Stop) -> CaseStore:
+def _test_store(config: Config, plan: EvaluatePlan, scratch: Path, stop: Stop) -> CaseStore:
     """Other patients, prepared like those of the run in a folder that is deleted afterwards."""
     data = config.data
     if plan.data is not None:
@@ -161,8 +119,7 @@ def _test_store(config: Config, plan: Plan, scratch: Path, stop: Stop) -> CaseSt
 def _assess(
     cascade: TrainedCascade,
     patients: _Patients,
-    plan: Plan,
-    device: torch.device,
+    plan: EvaluatePlan,
     precision: Precision,
     stop: Stop,
 ) -> tuple[list[StageFigures], list[tuple[StageFigures, CasePicture]]]:
@@ -172,7 +129,7 @@ def _assess(
     last = max((cascade.config.stages.index(cascade.config.stage(name)) for name in plan.stages), default=None)
     for trained in cascade.stages[: None if last is None else last + 1]:
         stage, wanted = trained.stage, not plan.stages or trained.stage.name in plan.stages
-        model = cascade.build(trained, device)
+        model = cascade.build(trained, precision.device)
         cases = StageCases(patients.store, patients.cases, stage.resolution, outputs)
         others = StageCases(patients.train_store, patients.train, stage.resolution, None)
         steps = plan.steps or stage.sampler_steps
@@ -189,7 +146,7 @@ def _assess(
                 stop=stop,
                 after_step=lambda bar=bar: bar.update(),  # type: ignore[misc]
             )
-            mean = mean_volume(others, device, cascade.config.data.hu_window)
+            mean = mean_volume(others, precision.device, cascade.config.data.hu_window)
             with precision.autocast():
                 shown = assess_stage(model, cases, others, mean, how, figures, outputs)
         if wanted:
@@ -202,7 +159,7 @@ def _assess(
 
 def _write(
     run_dir: RunDir,
-    plan: Plan,
+    plan: EvaluatePlan,
     found: Sequence[StageFigures],
     pictures: Sequence[tuple[StageFigures, CasePicture]],
 ) -> Path:

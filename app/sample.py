@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.config import ComputeConfig, Config, GeometryConfig
+from app.config import Config, GeometryConfig
 from app.data.calibration import Calibration, Known, calibrate
 from app.data.nifti import write_nifti
 from app.data.pooling import pool
@@ -28,7 +28,7 @@ from app.physics.geometry import PRESETS_MM, VIEWS, Geometry, geometry_from_conf
 from app.sample_plan import SamplePlan, ViewPlan
 from app.train.inference import TrainedCascade, read_exported, read_run
 from app.train.metrics import projection_error_percent
-from app.train.precision import Precision, choose_device, choose_precision
+from app.train.precision import precision_for_use
 from app.train.protocols import Stop
 from app.train.sampling import SampledVolume, SamplerOptions, mean_projection, sample_cascade
 from app.workspace import RunDir, atomic_write
@@ -79,7 +79,7 @@ def sample(plan: SamplePlan, run_dir: RunDir | None, stop: Stop) -> str:
     """
     images = [_read(view, plan) for view in plan.views]
     cascade = _cascade(plan, run_dir)
-    precision = _precision(plan.device)
+    precision = precision_for_use(plan.device)
     torch.set_flush_denormal(True)
     trained = geometry_from_config(cascade.config)
     taken = _taken_geometry(plan, cascade.config, trained)
@@ -142,15 +142,6 @@ def _cascade(plan: SamplePlan, run_dir: RunDir | None) -> TrainedCascade:
     if plan.stage is None and len(names) < len(cascade.config.stages):
         log.warning("%s is the finest stage that is trained, of %d", last, len(cascade.config.stages))
     return cascade
-
-
-def _precision(name: str) -> Precision:
-    """fp32 on a CPU, bf16 on a GPU that has it, whatever the cascade was trained with."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("--device cuda: torch finds no GPU here; leave --device out to use the CPU")
-    compute = ComputeConfig(device=name)  # type: ignore[arg-type]
-    device = choose_device(compute)
-    return Precision(choose_precision(compute, device), device)
 
 
 def _taken_geometry(plan: SamplePlan, config: Config, trained: Geometry) -> Geometry:

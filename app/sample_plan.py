@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from app.argument_types import count, number, positive, relaxation
 from app.errors import ConfigError
 
 DESCRIPTION = """\
@@ -88,23 +88,23 @@ def add_sample_arguments(sample: argparse.ArgumentParser) -> None:
         help=f"what gray values mean: {', '.join(INTENSITY_NAMES)} (linear: detector counts, dark where dense)",
     )
     size = image.add_mutually_exclusive_group()
-    size.add_argument("--pixel-mm", nargs="+", type=_positive, metavar="MM", help="edge of a pixel on the detector")
+    size.add_argument("--pixel-mm", nargs="+", type=positive, metavar="MM", help="edge of a pixel on the detector")
     size.add_argument("--whole-detector", action="store_true", help="the images show the whole square detector")
     image.add_argument("--calibrated", action="store_true", help="values are line integrals already: a = 1, b = 0")
-    image.add_argument("--gain", nargs="+", type=_positive, metavar="A", help="a, in place of a fitted one")
-    image.add_argument("--offset", nargs="+", type=_number, metavar="B", help="b, in place of a fitted one")
+    image.add_argument("--gain", nargs="+", type=positive, metavar="A", help="a, in place of a fitted one")
+    image.add_argument("--offset", nargs="+", type=number, metavar="B", help="b, in place of a fitted one")
     image.add_argument("--air-visible", action="store_true", help="the beam passed beside the patient: p = 0 there")
     image.add_argument("--preset", choices=PRESET_NAMES, help="geometry of the radiographs (default: the trained one)")
-    image.add_argument("--source-to-detector-mm", type=_positive, metavar="MM", help="SDD of the radiographs")
-    image.add_argument("--source-to-isocenter-mm", type=_positive, metavar="MM", help="SOD of the radiographs")
+    image.add_argument("--source-to-detector-mm", type=positive, metavar="MM", help="SDD of the radiographs")
+    image.add_argument("--source-to-isocenter-mm", type=positive, metavar="MM", help="SOD of the radiographs")
 
     sampler = sample.add_argument_group("the sampler")
     sampler.add_argument("--stage", metavar="STAGE", help="the last one to sample (default: the finest)")
-    sampler.add_argument("--steps", type=_count, metavar="N", help="of each stage's sampler (default: the config's)")
-    sampler.add_argument("--samples", type=_count, default=1, metavar="N", help="average N volumes (1)")
+    sampler.add_argument("--steps", type=count, metavar="N", help="of each stage's sampler (default: the config's)")
+    sampler.add_argument("--samples", type=count, default=1, metavar="N", help="average N volumes (1)")
     sampler.add_argument(
         "--relaxation",
-        type=_relaxation,
+        type=relaxation,
         metavar="R",
         help="how far the volume is pulled to the radiographs, 0 to 2 (1; 0.5 for DICOM and linear intensities)",
     )
@@ -193,34 +193,3 @@ def _spread(option: str, given: list[Value] | None, count: int) -> list[Value] |
         expected = "one value" if count == 1 else "one value for both images, or two"
         raise ConfigError(f"{option}: expected {expected}, found {len(given)}")
     return list(given) * (count if len(given) == 1 else 1)
-
-
-def _positive(text: str) -> float:
-    number = _number(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return number
-
-
-def _relaxation(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2, found {text!r}")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
-    return number

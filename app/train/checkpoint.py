@@ -49,7 +49,9 @@ LINES_PER_FILE = 4
 """`pending` and `committed` of a file and of the one that had its name before: `_last` becomes `_last_previous`."""
 RESUMABLE_AT_LEAST = 2
 """Different states of a stage that retention leaves, whatever the config asks for."""
-UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, struct.error)
+UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.error)
+"""What zipfile raises on damage; RuntimeError where a flipped bit says that a record is encrypted, or packed in a way
+that it does not know (NotImplementedError is one)."""
 UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError)
 
 

@@ -19,12 +19,12 @@ from app.data.cases import Case
 from app.model.denoiser import StageModel
 from app.model.diffusion import add_noise, log_snr
 from app.physics.attenuation import x_to_hu, x_to_mu
-from app.train.evaluate import another_patients_xrays
 from app.train.metrics import SSIM_RADIUS, mae_hu, projection_error_percent, psnr_db, ssim, x2ct_psnr_db
 from app.train.protocols import CasePicture, Stop
 from app.train.randomness import volume_noise
 from app.train.reconstruct import reconstruct
 from app.train.samples import Batch, StageCases, batches
+from app.train.validation import another_patients_xrays
 
 PREDICTION = "prediction"
 SHUFFLED = "X-rays shuffled"

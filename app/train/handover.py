@@ -69,7 +69,8 @@ class Parents:
         folder = self._folder(parent)
         if not self.ranks.first(lambda: all(folder.path(case).exists() for case in self.cases)):
             grandparent = self.lowres(parent, device, precision, stop)
-            model = load_ema(self.config, parent, *self._best(parent)).to(device)
+            payload, path = self._best(parent)
+            model = load_ema(self.config, parent, payload[RESUME_KEY]["ema_state_dict"], path).to(device)
             with precision.autocast():
                 hand_over(model, self.store, self.cases, grandparent, folder, self.config, stop, self.ranks)
         return folder

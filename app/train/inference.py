@@ -17,6 +17,7 @@ from app.errors import CheckpointError
 from app.model.denoiser import StageModel
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder
 from app.train.ema import tensors_hash
+from app.train.state import load_ema
 from app.workspace import RunDir
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,7 @@ class TrainedCascade:
         Raises:
             CheckpointError: the weights do not fit the config's model.
         """
-        model = StageModel(self.config, trained.stage)
-        try:
-            model.load_state_dict(dict(trained.weights))
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"{self.origin}: the weights do not fit the model of {trained.stage.name}: {detail}"
-            ) from error
-        return model.to(device).eval().requires_grad_(False)
+        return load_ema(self.config, trained.stage, trained.weights, self.origin).to(device)
 
 
 def read_run(run_dir: RunDir, only_finished: bool = False) -> TrainedCascade:

@@ -42,6 +42,22 @@ def choose_precision(config: ComputeConfig, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def precision_for_use(device: str) -> Precision:
+    """Arithmetic of a trained cascade, whatever it was trained with: fp32 on a CPU, on a GPU bf16 where it has that.
+
+    Args:
+        device: `auto` takes a GPU where there is one, `cpu`, or `cuda`.
+
+    Raises:
+        MachineError: a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("--device cuda: torch finds no GPU here; leave --device out to use the CPU")
+    compute = ComputeConfig.model_validate({"device": device})
+    chosen = choose_device(compute)
+    return Precision(choose_precision(compute, chosen), chosen)
+
+
 class Precision:
     """Autocast and scaler of a run; the scaler's state is never empty, whatever the precision."""
 

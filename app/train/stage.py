@@ -18,7 +18,6 @@ from app.model.diffusion import log_snr
 from app.tags import ALARM, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
 from app.train.augment import augment
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
-from app.train.evaluate import Validation, validate
 from app.train.loss import SampleLosses, sample_losses
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
@@ -29,6 +28,7 @@ from app.train.saver import Saver, SaveReport
 from app.train.schedule import ema_decay, learning_rate, physics_weight
 from app.train.silent import SilentSaver
 from app.train.state import StageState
+from app.train.validation import Validation, validate
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from app.config import Config, OptimizerConfig, StageConfig
 from app.config_file import config_as_dict
@@ -125,16 +127,16 @@ def new_optimizer(model: StageModel, stage: StageConfig, config: OptimizerConfig
     )
 
 
-def load_ema(config: Config, stage: StageConfig, payload: dict[str, Any], path: Path) -> StageModel:
-    """The frozen EMA model of a checkpoint.
+def load_ema(config: Config, stage: StageConfig, weights: Mapping[str, Tensor], origin: Path) -> StageModel:
+    """The frozen model of a stage with these EMA weights, on the CPU.
 
     Raises:
         CheckpointError: the weights do not fit the config's model.
     """
     model = StageModel(config, stage)
     try:
-        model.load_state_dict(payload[RESUME_KEY]["ema_state_dict"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: its weights do not fit the model of {stage.name}: {detail}") from error
+        raise CheckpointError(f"{origin}: its weights do not fit the model of {stage.name}: {detail}") from error
     return model.eval().requires_grad_(False)

@@ -10,7 +10,6 @@ spread where its best (worst) seed is below (above) the baseline's worst (best) 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -32,13 +31,14 @@ from app.model.diffusion import alpha_sigma
 from app.physics.geometry import VIEWS, geometry_from_config
 from app.physics.projector import Projector
 from app.train.state import StageState
-from app.workspace import atomic_write
 from tests.bench.experiment import (
     Experiment,
     Patients,
     affordable_steps,
+    line,
     nothing,
     prepared,
+    save,
     summary,
     with_steps,
 )
@@ -237,17 +237,6 @@ def spread(values: Sequence[float]) -> str:
         return "-"
     deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
-
-
-def line(first: str, *cells: str, width: int = 10) -> str:
-    """A line of a table."""
-    return f"{first:20}" + "".join(f"{cell:>{width}}" for cell in cells)
-
-
-def save(record: Mapping[str, Any], path: Path) -> None:
-    """What is known so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":

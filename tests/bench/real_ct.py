@@ -8,13 +8,13 @@ CTs appear under the names of their files, which is for public ones.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from app.data.sources import find_sources
 from app.env import Environment
 from app.train.figures import StageFigures
 from app.train.state import StageState
-from app.workspace import atomic_write
-from tests.bench.experiment import EPOCHS, Experiment, Patients, affordable_steps, prepared, summary, with_steps
+from tests.bench.experiment import EPOCHS, Experiment, Patients, affordable_steps, prepared, save, summary, with_steps
+from tests.bench.experiment import line as wide_line
 
 COLUMNS = ("air", "mean", "sart", "c", "zero", "ours", "gain", "use", "error")
 HEADINGS = ("air", "mean", "SART-20", "c", "zero", "ours", "gain", "use", "error %")
 Row = Mapping[str, float]
+line = partial(wide_line, label=32, width=9)
 
 
 def main() -> None:
@@ -248,17 +249,6 @@ def described(config: Config) -> str:
 def shown(row: Row) -> list[str]:
     """The cells of a table."""
     return [f"{row[column]:.2f}" for column in COLUMNS]
-
-
-def line(first: str, *cells: str) -> str:
-    """A line of a table."""
-    return f"{first:32}" + "".join(f"{cell:>9}" for cell in cells)
-
-
-def save(record: Mapping[str, Any], path: Path) -> None:
-    """What is known so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -140,6 +140,17 @@ def test_test_scans_that_the_run_knows_are_refused(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
 
+def test_what_cannot_be_meant_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """No samples, no steps, no cases; and patients of the run in a folder of others."""
+    for option in ("--samples", "--steps", "--cases"):
+        done = command(tmp_path, "evaluate", option, "0")
+        assert done.returncode == 2
+        assert f"argument {option}: expected a whole number from 1, found '0'" in done.stdout
+    done = command(tmp_path, "evaluate", "--data", str(tmp_path), "--patients", "val")
+    assert done.returncode == 78
+    assert "--data is a folder of test patients" in done.stdout
+
+
 def test_a_damaged_checkpoint_is_named_and_left_where_it_is(workspace: Path, tmp_path: Path) -> None:
     """A reader does not hold the run: 74, and nothing is moved."""
     path = workspace / RUN / "stage_16_best.pt"

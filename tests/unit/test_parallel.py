@@ -17,11 +17,11 @@ import torch.multiprocessing
 
 from app.data.report import NothingUsable, PrepareReport
 from app.errors import AppError, ConfigError, DataError, NumericsError, Stopped
-from app.train.evaluate import validate
 from app.train.parallel import ALONE, Ranks, interleaved, join
 from app.train.samples import Batch, StageCases
 from app.train.stage import train_step
 from app.train.state import StageState
+from app.train.validation import validate
 from tests.conftest import tiny_config
 from tests.unit.test_stage import MemoryStore, set_up
 from tests.unit.test_state import batch, new

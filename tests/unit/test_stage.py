@@ -165,16 +165,24 @@ def test_files_that_a_kill_left_out_are_written_on_resume(tmp_path: Path) -> Non
     assert ("best" in kinds) == (resumed.progress.best_epochs == 3)
 
 
+def stopped_and_resumed(
+    folder: Path, settings: tuple[str, ...], stop_after: int
+) -> tuple[StageState, StageRun, Recorder]:
+    """A stage that was stopped after so many polls and is about to go on."""
+    with pytest.raises(Stopped):
+        train_stage(*set_up(folder, *settings, stop_after=stop_after)[:2])
+    state, run, recorder = set_up(folder, *settings)
+    found = run.checkpoints.newest("stage_8")
+    assert found is not None
+    state.restore(found[1], found[0].path.name)
+    return state, run, recorder
+
+
 @pytest.mark.parametrize("spoiled", [True, False])
 def test_best_stays_best_when_validation_is_worse_after_a_resume(tmp_path: Path, spoiled: bool) -> None:
     """Weights spoiled after the resume: `best` keeps file, loss and epoch. Left alone, the same run improves on it."""
     settings = ("stages.stage_8.epochs=8", "stages.stage_8.learning_rate=1e-3", "validation.pictures=0")
-    with pytest.raises(Stopped):
-        train_stage(*set_up(tmp_path, *settings, stop_after=35)[:2])
-    resumed, run, _ = set_up(tmp_path, *settings)
-    found = run.checkpoints.newest("stage_8")
-    assert found is not None
-    resumed.restore(found[1], found[0].path.name)
+    resumed, run, _ = stopped_and_resumed(tmp_path, settings, 35)
     before = next(entry for entry in run.checkpoints.entries("stage_8") if entry.kind == "best")
     assert 0 < resumed.progress.best_epochs < 8
     best_loss, best_epochs = resumed.progress.best_val_loss, resumed.progress.best_epochs
@@ -191,12 +199,7 @@ def test_best_stays_best_when_validation_is_worse_after_a_resume(tmp_path: Path,
 def test_a_network_that_learns_nothing_raises_the_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A rate of nearly 0: from the third validation after the warm-up on, log and curves say so; a resume counts on."""
     settings = ("stages.stage_8.epochs=8", "stages.stage_8.learning_rate=1e-9", "optimizer.warmup_steps=4")
-    with pytest.raises(Stopped):
-        train_stage(*set_up(tmp_path, *settings, stop_after=50)[:2])
-    state, run, recorder = set_up(tmp_path, *settings)
-    found = run.checkpoints.newest("stage_8")
-    assert found is not None
-    state.restore(found[1], found[0].path.name)
+    state, run, recorder = stopped_and_resumed(tmp_path, settings, 50)
     resumed_at = state.progress.epochs
     assert 0 < resumed_at < 4
     caplog.clear()

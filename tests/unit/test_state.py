@@ -104,7 +104,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
         new().restore(other, "stage_8_last.pt")
     config = tiny_config()
     with pytest.raises(CheckpointError, match=rf"x\.pt: {expected}"):
-        load_ema(config, config.stages[0], other, tmp_path / "x.pt")
+        load_ema(config, config.stages[0], other["resume"]["ema_state_dict"], tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
