@@ -10,12 +10,14 @@ spread where its best (worst) seed is below (above) the baseline's worst (best) 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from torch import Tensor
 
 from app.config import Config
 from app.config_file import load_config
-from app.data.cases import Case
 from app.env import Environment
 from app.model.denoiser import Condition, StageModel
 from app.model.diffusion import alpha_sigma
@@ -33,7 +34,6 @@ from app.physics.projector import Projector
 from app.train.state import StageState
 from tests.bench.experiment import (
     Experiment,
-    Patients,
     affordable_steps,
     line,
     nothing,
@@ -75,6 +75,10 @@ class Ablation:
     name: str
     config: Config
     alter: Callable[[StageState], None] = nothing
+
+    def seeded(self, seed: int, steps: Mapping[str, int]) -> Ablation:
+        """The training with this seed, of so many steps per stage."""
+        return replace(self, config=with_steps(self.config.model_copy(update={"seed": seed}), steps))
 
 
 class LateralAsFrontal(StageModel):
@@ -134,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-ablations-") as temporary:
         scratch = Path(arguments.workspace or temporary)
         patients, _ = prepared(baseline, scratch)
-        test, train = patients.cases[: arguments.held_out], patients.cases[arguments.held_out :]
+        train = patients.cases[arguments.held_out :]
         if arguments.steps is not None:
             steps = {stage.name: arguments.steps for stage in baseline.stages}
         else:
@@ -144,18 +148,24 @@ def main() -> None:
             "torch": torch.__version__,
             "steps": steps,
             "train": len(train),
-            "held_out": len(test),
+            "held_out": arguments.held_out,
             "runs": [],
         }
-        print(f"{len(train)} phantoms to train, {len(test)} held out; steps of every training: {steps}")
+        print(f"{len(train)} phantoms to train, {arguments.held_out} held out; steps of every training: {steps}")
         print(line("", "seed", "stage", *COLUMNS, "seconds"), flush=True)
-        for seed in range(arguments.seeds):
-            for ablation in chosen.values():
-                run(ablation, seed, steps, patients, train, test, scratch, record)
+        with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+            trainings = [
+                pool.submit(run, ablation.seeded(seed, steps), arguments.held_out, scratch)
+                for seed in range(arguments.seeds)
+                for ablation in chosen.values()
+            ]
+            for training in as_completed(trainings):
+                show(training.result())
+                record["runs"].append(training.result())
                 save(record, arguments.json)
-    record["table"] = table(record["runs"], list(chosen), baseline.stages[0].name, baseline.stages[-1].name)
-    save(record, arguments.json)
     first, last = baseline.stages[0].name, baseline.stages[-1].name
+    record["table"] = table(record["runs"], list(chosen), first, last)
+    save(record, arguments.json)
     print(f"\n{arguments.seeds} seeds\n{line('', first, last, *COLUMNS[:1], *COLUMNS[2:], width=17)}  verdict")
     for name, row in record["table"].items():
         cells = [row[first], row["ours"], row["c"], row["gain"], row["use"], row["error"]]
@@ -172,6 +182,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, Ablation]]:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--seconds", type=float, default=150.0, help="of a training of the baseline, all stages (150)")
     budget.add_argument("--steps", type=int, help="optimizer steps of each stage, in place of --seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a process (1)")
     parser.add_argument("--held-out", type=int, default=8, metavar="N", help="phantoms to look at (8)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--workspace", help="keep the prepared phantoms here (default: a temporary folder)")
@@ -185,25 +196,27 @@ def parse() -> tuple[argparse.Namespace, dict[str, Ablation]]:
     return arguments, {name: ablation for name, ablation in everything.items() if name in wanted}
 
 
-def run(
-    ablation: Ablation,
-    seed: int,
-    steps: Mapping[str, int],
-    patients: Patients,
-    train: Sequence[Case],
-    test: Sequence[Case],
-    scratch: Path,
-    record: dict[str, Any],
-) -> None:
-    """One training of all its stages."""
+def run(ablation: Ablation, held_out: int, scratch: Path) -> dict[str, Any]:
+    """One training of all its stages, in a process of its own; the figures of each on the held-out phantoms."""
     started = time.monotonic()
-    config = with_steps(ablation.config.model_copy(update={"seed": seed}), steps)
-    found = Experiment(config, patients, train, test, scratch, alter=ablation.alter).run()
-    seconds = time.monotonic() - started
-    stages = {figures.stage: summary(figures) for figures in found}
-    record["runs"].append({"ablation": ablation.name, "seed": seed, "seconds": seconds, "stages": stages})
-    for name, row in stages.items():
-        print(line(ablation.name, f"{seed}", name, *(f"{row[column]:.2f}" for column in COLUMNS), f"{seconds:.0f}"))
+    torch.set_num_threads(ablation.config.compute.threads)
+    torch.set_flush_denormal(True)
+    patients, _ = prepared(ablation.config, scratch)
+    test, train = patients.cases[:held_out], patients.cases[held_out:]
+    found = Experiment(ablation.config, patients, train, test, scratch, alter=ablation.alter).run()
+    return {
+        "ablation": ablation.name,
+        "seed": ablation.config.seed,
+        "seconds": time.monotonic() - started,
+        "stages": {figures.stage: summary(figures) for figures in found},
+    }
+
+
+def show(training: Mapping[str, Any]) -> None:
+    """A line per stage."""
+    name, seed, seconds = training["ablation"], training["seed"], training["seconds"]
+    for stage, row in training["stages"].items():
+        print(line(name, f"{seed}", stage, *(f"{row[column]:.2f}" for column in COLUMNS), f"{seconds:.0f}"))
     sys.stdout.flush()
 
 
