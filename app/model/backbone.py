@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from app.config import BackboneConfig
-from app.model.blocks import ResBlock, ViTBlock, depth_to_space, sincos_positions, space_to_depth, zero
+from app.model.blocks import GroupNorm, ResBlock, ViTBlock, depth_to_space, sincos_positions, space_to_depth, zero
 
 
 class _Level(nn.Module):
@@ -50,7 +50,7 @@ class HybridBackbone(nn.Module):
         )
         self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, coarser, strict=True))
         self.levels_up = nn.ModuleList(_Level(width, config.blocks, embedding) for width in widths)
-        self.norm = nn.GroupNorm(8, widths[0])
+        self.norm = GroupNorm(8, widths[0])
         self.head = nn.Conv3d(widths[0], config.patch**3, 3, padding=1)
         zero(self.head)
 

@@ -80,16 +80,32 @@ class FourierEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1))  # type: ignore[no-any-return]
 
 
+class GroupNorm(nn.GroupNorm):
+    """In fp32 whatever autocast says: what a GPU's autocast does by itself and a CPU's does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, ...) -> the same shape, fp32."""
+        return super().forward(x.float())
+
+
+class LayerNorm(nn.LayerNorm):
+    """In fp32 whatever autocast says, as `GroupNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) -> the same shape, fp32."""
+        return super().forward(x.float())
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice; FiLM from the conditioning vector on the second norm; zero last layer."""
 
     def __init__(self, channels: int, conditioning: int) -> None:
         """`channels` must be a multiple of 8."""
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
+        self.norm1 = GroupNorm(8, channels)
         self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
         self.film = nn.Linear(conditioning, 2 * channels)
-        self.norm2 = nn.GroupNorm(8, channels)
+        self.norm2 = GroupNorm(8, channels)
         self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
         zero(self.film)
         zero(self.conv2)
@@ -111,12 +127,12 @@ class ViTBlock(nn.Module):
         self.heads = heads
         self.modulation = nn.Linear(conditioning, 6 * width)
         zero(self.modulation)
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm1 = LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads)
-        self.k_norm = nn.LayerNorm(width // heads)
+        self.q_norm = LayerNorm(width // heads)
+        self.k_norm = LayerNorm(width // heads)
         self.project = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm2 = LayerNorm(width, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:

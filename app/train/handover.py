@@ -119,9 +119,10 @@ def new_state(
     """A stage before its first step; weights are a function of (seed, stage), the buffers of the training cases."""
     torch.manual_seed(derive_seed(config.seed, stage.name, "weights"))
     model = StageModel(config, stage)
-    model.to(device)
     if device.type == "cpu":
         _channels_last(model)
+    else:
+        model.to(device)
     return StageState(
         config=config,
         stage=stage,

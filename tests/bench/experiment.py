@@ -143,6 +143,8 @@ class Experiment:
     """What mean and residual scale are taken from; empty is `train`."""
     alter: Point = nothing
     """Changes a fresh stage before anything is measured."""
+    curves: bool = False
+    """Also PSNR by sampler steps and by noise level."""
 
     def run(self, after_epoch: Callable[[StageFigures, StageState], None] = nothing) -> list[StageFigures]:
         """Train every stage on the real outputs of the one before; the figures of each on the test cases.
@@ -179,7 +181,7 @@ class Experiment:
     def _figures(self, state: StageState, data: Mapping[str, StageCases]) -> StageFigures:
         stage, model = state.stage, state.ema.model
         found = StageFigures(stage.name, stage.resolution, state.progress.epochs, stage.sampler_steps, 1)
-        how = Assessment(self.config.seed, stage.sampler_steps, 1, 0, False, never, nothing)
+        how = Assessment(self.config.seed, stage.sampler_steps, 1, 0, self.curves, never, nothing)
         mean = mean_volume(data["measured"], model.mean.device, model.hu_window)
         with state.precision.autocast():
             assess_stage(model, data["test"], data["measured"], mean, how, found, KeptLowres())

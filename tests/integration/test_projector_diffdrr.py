@@ -9,23 +9,16 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from diffdrr.detector import Detector
-from diffdrr.pose import RigidTransform
 from diffdrr.renderers import Trilinear
 
 from app.physics.attenuation import hu_to_mu
 from app.physics.geometry import PRESETS_MM, VIEWS, Geometry
 from app.physics.projector import Projector
+from tests.rays import diffdrr_rays
 
 EDGE = 128
 FIELD_OF_VIEW_MM = 384.0
 POINTS = 512
-
-CAMERA_TO_PATIENT = {
-    # Columns: camera x (image columns), camera y (image rows, upwards), camera z (beam), in patient x, y, z.
-    "frontal": [[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]],
-    "lateral": [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
-}
 
 
 def real_thorax_hu() -> torch.Tensor:
@@ -44,36 +37,10 @@ def real_thorax_hu() -> torch.Tensor:
 
 
 def diffdrr_image(mu: torch.Tensor, geometry: Geometry, view: str, chunk: int = 2048) -> torch.Tensor:
-    """Line integrals (Nv, Nu) of `mu` (D, H, W) by DiffDRR, as its own `DRR.render` calls its renderer.
-
-    `DRR` itself is not used: it takes HU alone and scales their density by min and max. Its rows run downwards.
-    """
-    n = mu.shape[-1]
-    voxel_mm = geometry.field_of_view_mm / n
-    pixel_mm = geometry.detector_mm / n
-    sdd, sod = geometry.source_to_detector_mm, geometry.source_to_isocenter_mm
-    detector = Detector(sdd, n, n, pixel_mm, pixel_mm, 0.0, 0.0, torch.eye(4))
-    pose = torch.eye(4)
-    pose[:3, :3] = torch.tensor(CAMERA_TO_PATIENT[view])
-    pose[:3, 3] = -sod * pose[:3, 2]
-    source, target = detector(RigidTransform(pose), None)
-
-    to_index = torch.eye(4) / voxel_mm
-    to_index[:3, 3] = (n - 1) / 2
-    to_index[3, 3] = 1.0
-    affine_inverse = RigidTransform(to_index)
-    length_mm = (target - source).norm(dim=-1).unsqueeze(1)
-    source, target = affine_inverse(source), affine_inverse(target)
-
-    half = geometry.field_of_view_mm / 2
-    depths = {"alphamin": torch.tensor((sod - half) / sdd), "alphamax": torch.tensor((sod + half) / sdd)}
-    density = mu.permute(2, 1, 0)
-    renderer = Trilinear()
-    rows = [
-        renderer(density, source, rays, length, n_points=POINTS, **depths)
-        for rays, length in zip(target.split(chunk, dim=1), length_mm.split(chunk, dim=2), strict=True)
-    ]
-    return torch.cat(rows, dim=-1).view(n, n).flip(0)
+    """Line integrals (Nv, Nu) of `mu` (D, H, W) by DiffDRR's trilinear renderer, rows turned as ours."""
+    n, rays, density = mu.shape[-1], diffdrr_rays(geometry, mu.shape[-1], view), mu.permute(2, 1, 0)
+    parts = [part.render(Trilinear(), density, n_points=POINTS, **rays.depths) for part in rays.split(chunk)]
+    return torch.cat(parts).view(n, n).flip(0)
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -1,0 +1,130 @@
+"""How much memory a training step of a stage takes, counted without taking it.
+
+The step's own arithmetic runs on tensors that have shapes and no numbers (`FakeTensorMode`), and what is alive at any
+time is added up, storage by storage. Not counted: workspaces inside kernels, the allocator's rounding and
+fragmentation, the context of the GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from app.config import Config, StageConfig
+from app.train.handover import new_state
+from app.train.loss import sample_losses
+from app.train.precision import DTYPES, Precision
+from app.train.state import StageState
+
+CPU = torch.device("cpu")
+CONTEXT_BYTES = 600 * 2**20
+"""What CUDA, cuDNN and cuBLAS take of a card beside tensors; between 0.4 and 0.8 GiB."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of the tensors of a stage in training."""
+
+    weights: int
+    """The model and its EMA, with their buffers and the matrices of the projectors."""
+    optimizer: int
+    """Both moments of AdamW."""
+    peak: int
+    """At the step's most expensive moment, weights and optimizer included."""
+
+    @property
+    def activations(self) -> int:
+        """What comes and goes with each step: activations, gradients, the batch."""
+        return self.peak - self.weights - self.optimizer
+
+
+def step_memory(config: Config, stage: StageConfig, precision: str, micro_batch: int | None = None) -> StepMemory:
+    """Count a training step of `stage`.
+
+    Args:
+        config: the run.
+        stage: one of its stages.
+        precision: `fp32`, `bf16` or `fp16`.
+        micro_batch: samples in a forward pass; the stage's own unless given.
+    """
+    count = micro_batch or stage.micro_batch or stage.batch
+    live = _Live()
+    with torch.random.fork_rng(devices=[]), _Shapes(), live:
+        state = new_state(config, stage, CPU, Precision("fp32", CPU), "", None)
+        weights = live.now
+        state.model.train()
+        with torch.autocast("cpu", DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
+            # The second step is the first one with the optimizer's moments in place.
+            for _ in range(2):
+                live.peak = 0
+                _step(state, config, count)
+        moments = _storages(tree_leaves(dict(state.optimizer.state)))
+    return StepMemory(weights, moments, live.peak)
+
+
+def _step(state: StageState, config: Config, count: int) -> None:
+    """As `train_step` does for one micro-batch, without its randomness."""
+    stage, model = state.stage, state.model
+    edge, before = stage.resolution, config.stages[: config.stages.index(stage)]
+    state.optimizer.zero_grad(set_to_none=True)
+    x_0, xrays, views = torch.zeros(count, 1, edge, edge, edge), torch.zeros(count, 2, edge, edge), torch.ones(count, 2)
+    lowres = level = lowres_noise = None
+    if before:
+        lowres, lowres_noise = (torch.zeros(count, 1, *[before[-1].resolution] * 3) for _ in range(2))
+        level = torch.zeros(count)
+    noise, snr = torch.zeros_like(x_0), torch.zeros(count)
+    condition = model.condition(xrays, views, lowres, level, lowres_noise)
+    losses = sample_losses(model, x_0, noise, snr, condition, xrays)
+    (losses.diffusion.mean() + losses.physics.mean()).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+    state.optimizer.step()
+    state.ema.update(model, 0.5)
+
+
+class _Shapes(FakeTensorMode):
+    """Copies of a model's tensors, as EMA makes them, stay in the same mode."""
+
+    def __deepcopy__(self, _memo: Any) -> _Shapes:
+        return self
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages that are alive, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[weakref.ref[Any], int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        reference = weakref.ref(storage, self._remove)
+        if reference not in self._alive:
+            self._alive[reference] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _remove(self, reference: weakref.ref[Any]) -> None:
+        self.now -= self._alive.pop(reference)
+
+
+def _storages(values: Iterable[Any]) -> int:
+    """Bytes of tensors, those that share memory counted once."""
+    found = {id(storage): storage for value in values if isinstance(value, Tensor) for storage in [value.untyped_storage()]}
+    return sum(storage.nbytes() for storage in found.values())

@@ -1,0 +1,147 @@
+"""Memory of a training step of each stage: predicted by `app.train.memory`, and measured by taking the step.
+
+Every measurement is a process of its own. On a CPU it is the growth of the resident set since before the model was
+made, in fp32, with one sample (`--micro-batch`); on a GPU the allocator's peak, allocated and reserved, in the config's
+precision and micro-batch. `checkpointed`: with activations recomputed in the backward pass. GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.config import Config
+from app.config_file import load_config
+from app.env import Environment
+from app.train.memory import step_memory
+from app.train.precision import choose_device, choose_precision
+from app.train.stage import train_step
+from tests.bench.measure import machine, parser, resident_bytes, save, table
+from tests.bench.steps import training
+
+GIB = 2**30
+
+
+def main() -> None:
+    """Prints a table, writes JSON."""
+    made = parser("memory", __doc__, 1)
+    made.add_argument("--config", default="configs/runpod.yaml", metavar="FILE")
+    made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    made.add_argument("--stages", nargs="+", default=[], metavar="STAGE")
+    made.add_argument("--micro-batch", type=int, default=None, help="on a CPU 1, on a GPU the config's")
+    made.add_argument("--predict-only", action="store_true", help="take no step")
+    made.add_argument("--measure", nargs=2, metavar=("STAGE", "CHECKPOINTED"), help=argparse.SUPPRESS)
+    arguments = made.parse_args()
+    cuda = torch.cuda.is_available()
+    overrides = [f"compute.device={'cuda' if cuda else 'cpu'}", *arguments.overrides]
+    config = load_config(arguments.config, overrides, Environment.read())
+    count = arguments.micro_batch or (None if cuda else 1)
+    if arguments.measure:
+        stage, checkpointed = arguments.measure
+        print(json.dumps(measured(with_settings(config, checkpointed == "True", count), stage)))
+        return
+    precision = choose_precision(config.compute, choose_device(config.compute))
+    print(f"{arguments.config}, {precision}, {machine()}", flush=True)
+    rows = []
+    for name in arguments.stages or [stage.name for stage in config.stages]:
+        for checkpointed in (False, True):
+            row = predicted(with_settings(config, checkpointed, count), name, precision)
+            if not arguments.predict_only:
+                row |= in_a_process(name, checkpointed)
+            rows.append({"checkpointed": checkpointed, **row})
+    print(table(COLUMNS, [cells(row) for row in rows]))
+    save({"config": arguments.config, "precision": precision, "rows": rows}, arguments.json)
+
+
+COLUMNS = ("", "checkpointed", "micro-batch", "weights", "AdamW", "step", "predicted", "measured", "ratio", "reserved")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line."""
+    peak = row.get("peak")
+    numbers = [row["weights"], row["optimizer"], row["activations"], row["predicted"]]
+    return [
+        row["stage"],
+        "yes" if row["checkpointed"] else "no",
+        str(row["micro_batch"]),
+        *(f"{value / GIB:.2f}" for value in numbers),
+        *([f"{peak / GIB:.2f}", f"{row['predicted'] / peak:.2f}"] if peak else ["", ""]),
+        f"{row['reserved'] / GIB:.2f}" if "reserved" in row else "",
+    ]
+
+
+def with_settings(config: Config, checkpointed: bool, micro_batch: int | None) -> Config:
+    """With the activations of every stage checkpointed or not, and another micro-batch."""
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "backbone": stage.backbone.model_copy(update={"checkpoint_activations": checkpointed}),
+                "micro_batch": micro_batch or stage.micro_batch,
+            }
+        )
+        for stage in config.stages
+    )
+    return config.model_copy(update={"stages": stages})
+
+
+def predicted(config: Config, name: str, precision: str) -> dict[str, Any]:
+    """Without taking the step."""
+    stage = config.stage(name)
+    found = step_memory(config, stage, precision)
+    return {
+        "stage": name,
+        "micro_batch": stage.micro_batch or stage.batch,
+        "weights": found.weights,
+        "optimizer": found.optimizer,
+        "activations": found.activations,
+        "predicted": found.peak,
+    }
+
+
+def in_a_process(name: str, checkpointed: bool) -> dict[str, Any]:
+    """By taking it."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, str(checkpointed)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        raise SystemExit(f"{name} could not take a step:\n{found.stderr}")
+    result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return result
+
+
+def measured(config: Config, name: str) -> dict[str, int]:
+    """Peak bytes of the second step; the first one makes the optimizer's moments."""
+    device = choose_device(config.compute)
+    precision = choose_precision(config.compute, device)
+    torch.set_flush_denormal(True)
+    # Lazy imports and compiled kernels of the libraries take a third of a GiB at the first step of a process.
+    tiny = load_config("tests/tiny.yaml", [f"compute.device={device.type}"], Environment.read({}))
+    for stage in tiny.stages:
+        train_step(*training(tiny, stage, device, precision), tiny.physics.weight, lambda: False)
+    before = resident_bytes("VmRSS")
+    # One micro-batch per step: more of them change nothing about the peak.
+    stage = config.stage(name)
+    stage = stage.model_copy(update={"batch": stage.micro_batch or stage.batch})
+    stages = tuple(stage if other.name == name else other for other in config.stages)
+    config = config.model_copy(update={"stages": stages})
+    state, batches = training(config, stage, device, precision)
+    for _ in range(2):
+        if device.type == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        train_step(state, batches, config.physics.weight, lambda: False)
+    if device.type == "cpu":
+        return {"peak": resident_bytes("VmHWM") - before}
+    return {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    main()
