@@ -95,6 +95,21 @@ class ErrorWithheld(StageModel):
         return torch.zeros_like(volume)
 
 
+class ShuffledXrays(StageModel):
+    """In training the network alone is shown the X-rays of the next sample of the batch; c and losses stay right."""
+
+    def condition(self, xrays: Tensor, *arguments: Any, **settings: Any) -> Condition:
+        """A network that learns from these learns to do without."""
+        if self.training:
+            settings["seen"] = xrays.roll(1, 0)
+        return super().condition(xrays, *arguments, **settings)
+
+
+def xrays_shuffled(state: StageState) -> None:
+    """A network that can look trained and has learned nothing from its X-rays."""
+    state.model.__class__ = ShuffledXrays
+
+
 def error_withheld(state: StageState) -> None:
     """Two input channels are zero."""
     state.model.__class__ = ErrorWithheld
@@ -121,6 +136,7 @@ def ablations(overrides: Sequence[str]) -> dict[str, Ablation]:
         **{name: Ablation(name, config) for name, config in configs.items()},
         "lateral_as_frontal": Ablation("lateral_as_frontal", baseline, lateral_as_frontal),
         "error_withheld": Ablation("error_withheld", baseline, error_withheld),
+        "xrays_shuffled": Ablation("xrays_shuffled", baseline, xrays_shuffled),
         "v_prediction": Ablation("v_prediction", baseline, v_prediction),
         # As the first stage of its own it makes its c from the mean volume and the X-rays.
         "previous_withheld": Ablation(
