@@ -20,13 +20,13 @@ Install one, for example: apt-get install python3.11 python3.11-venv"
 }
 
 install_requirements() {
-    local file=$1 stamp hash
-    stamp=.venv/.installed-$(basename "$file")
+    local file=$1 venv=${2:-.venv} stamp hash
+    stamp=$venv/.installed-$(basename "$file")
     hash=$("$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$file")
     if [[ -f $stamp && $(<"$stamp") == "$hash" ]]; then
         return
     fi
-    echo "installing $file into .venv (the first time this takes minutes)" >&2
+    echo "installing $file into $venv (the first time this takes minutes)" >&2
     # DiffDRR names dependencies that its renderer never imports; its file lists the ones that it does.
     local options=()
     [[ $file == *diffdrr* ]] && options=(--no-deps)
@@ -48,4 +48,17 @@ use_venv() {
     for file in "$@"; do
         install_requirements "$file"
     done
+}
+
+# `use_peers` leaves PYTHON set to .venv-peers: what other people made for the same purpose, over the packages of .venv.
+use_peers() {
+    local site peers=.venv-peers/bin/python
+    use_venv requirements.txt requirements-diffdrr.txt
+    if [[ ! -x $peers ]]; then
+        "$PYTHON" -m venv .venv-peers
+        site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        echo "$site" >"$("$peers" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+    fi
+    PYTHON=$PWD/$peers
+    install_requirements requirements-peers.txt .venv-peers
 }

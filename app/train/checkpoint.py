@@ -20,6 +20,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -267,21 +268,31 @@ class CheckpointFolder:
             raise CheckpointError(f"{entry.path}: not a checkpoint of this program, it lacks {', '.join(missing)}")
         return payload  # type: ignore[no-any-return]
 
+    def _verified(self, entry: FoundCheckpoint) -> dict[str, Any] | str:
+        """The content of a file, or what is wrong with it: a thread hashes the file while it is loaded."""
+        with ThreadPoolExecutor(1, "verify") as thread:
+            damage = thread.submit(self.damage, entry)
+            try:
+                payload = self.load(entry)
+            except Exception as error:
+                # What damaged bytes make torch raise has no end; of whole ones only the first kind is told here.
+                if (reason := damage.result()) is not None:
+                    return reason
+                if isinstance(error, CheckpointError):
+                    return str(error)
+                raise
+            return damage.result() or payload
+
     def newest(self, stage: str, kinds: Sequence[str] | None = None) -> tuple[FoundCheckpoint, dict[str, Any]] | None:
         """The furthest whole checkpoint of a stage and its content; damaged ones on the way are set aside."""
         for entry in self.entries(stage):
             if kinds is not None and entry.kind not in kinds:
                 continue
-            reason = self.damage(entry)
-            if reason is None:
-                try:
-                    payload = self.load(entry)
-                except CheckpointError as error:
-                    reason = str(error)
-                else:
-                    _check_format(entry, payload)
-                    return entry, payload
-            self._set_aside(entry, reason)
+            found = self._verified(entry)
+            if not isinstance(found, str):
+                _check_format(entry, found)
+                return entry, found
+            self._set_aside(entry, found)
         return None
 
     def read(self, stage: str, kind: str) -> dict[str, Any] | None:
@@ -292,12 +303,11 @@ class CheckpointFolder:
         """
         for entry in self.entries(stage):
             if entry.kind == kind:
-                reason = self.damage(entry)
-                if reason is not None:
-                    raise CheckpointError(f"{entry.path}: damaged ({reason}). Start the run again, or use a copy of it")
-                payload = self.load(entry)
-                _check_format(entry, payload)
-                return payload
+                found = self._verified(entry)
+                if isinstance(found, str):
+                    raise CheckpointError(f"{entry.path}: damaged ({found}). Start the run again, or use a copy of it")
+                _check_format(entry, found)
+                return found
         return None
 
     def whole(self, stage: str, kind: str) -> bool:

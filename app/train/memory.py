@@ -89,18 +89,18 @@ def _step(state: StageState, config: Config, count: int) -> None:
     state.ema.update(model, 0.5)
 
 
-class _Shapes(FakeTensorMode):
+class _Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Copies of a model's tensors, as EMA makes them, stay in the same mode."""
 
     def __deepcopy__(self, _memo: Any) -> _Shapes:
         return self
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that are alive, now and at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[weakref.ref[Any], int] = {}
 
@@ -126,5 +126,5 @@ class _Live(TorchDispatchMode):
 
 def _storages(values: Iterable[Any]) -> int:
     """Bytes of tensors, those that share memory counted once."""
-    found = {id(storage): storage for value in values if isinstance(value, Tensor) for storage in [value.untyped_storage()]}
-    return sum(storage.nbytes() for storage in found.values())
+    storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
+    return sum(storage.nbytes() for storage in {id(storage): storage for storage in storages}.values())

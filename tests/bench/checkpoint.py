@@ -7,11 +7,8 @@ loses before it may change the state. Between two saves a product of matrices st
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -23,12 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from app.config import CheckpointConfig
 from app.train.checkpoint import CheckpointFolder, Counters, file_sha256
 from app.train.pace import Pace
 from app.train.saver import Saver
 from app.workspace import RunDir, atomic_file
+from tests.bench.measure import Times, in_turn, machine, parser, save, table
 
 TENSORS = 120
 
@@ -97,6 +96,8 @@ class Atomic(InPlace):
 class Distributed:
     """`torch.distributed.checkpoint.async_save`, by a thread."""
 
+    by = AsyncCheckpointerType.THREAD
+
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
         self.folder, self.state, self.count = folder, state, 0
         self.future: Any = None
@@ -104,18 +105,26 @@ class Distributed:
     def save(self) -> None:
         """Stage."""
         self.count += 1
-        self.future = dcp.async_save(self.state, checkpoint_id=str(self.folder / str(self.count % 2)))
+        target = str(self.folder / str(self.count % 2))
+        self.future = dcp.async_save(self.state, checkpoint_id=target, async_checkpointer_type=self.by)
 
     def wait(self) -> None:
         """Until it is on the disk."""
         self.future.result()
 
 
+class DistributedProcess(Distributed):
+    """The same, by a process."""
+
+    by = AsyncCheckpointerType.PROCESS
+
+
 WAYS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "this project": Ours,
     "torch.save": InPlace,
     "temp + fsync + rename": Atomic,
-    "DCP async_save": Distributed,
+    "DCP async_save, thread": Distributed,
+    "DCP async_save, process": DistributedProcess,
 }
 
 
@@ -142,8 +151,8 @@ def train(seconds: float) -> None:
         matrix = (matrix @ matrix).tanh()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Blocked and total seconds of each save, the first of each way left out."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Blocked and total seconds of each save, the first of each way left out; then of reading ours."""
     warnings.filterwarnings("ignore", module="torch.distributed")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
     dist.init_process_group("gloo", rank=0, world_size=1)
@@ -159,51 +168,43 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                 train(arguments.pause_s)
                 way.wait()
                 found[name]["total_s"].append(time.perf_counter() - start)
-        verified = time.perf_counter()
-        path = ways["this project"].run_dir.checkpoint("stage_64", "last")
-        file_sha256(path)
-        loaded = time.perf_counter()
-        torch.load(path, weights_only=True)
-        end = time.perf_counter()
+        run_dir = ways["this project"].run_dir
+        path = run_dir.checkpoint("stage_64", "last")
+        read = in_turn(
+            {
+                "plain load": lambda: torch.load(path, weights_only=True),
+                "verify": lambda: file_sha256(path),
+                "verify and load": lambda: CheckpointFolder(run_dir).newest("stage_64"),
+            },
+            arguments.repeats,
+        )
+        written = path.stat().st_size
         ways["this project"].saver.close()
-    found["this project"]["verify_s"] = [loaded - verified]
-    found["this project"]["load_s"] = [end - loaded]
     dist.destroy_process_group()
-    return {
-        name: {key: times[1:] if len(times) > 1 else times for key, times in values.items()}
-        for name, values in found.items()
-    }
+    ways_found = {name: {key: Times.of(times[1:]) for key, times in values.items()} for name, values in found.items()}
+    return {"ways": ways_found, "read": read, "bytes": written}
 
 
 def main() -> None:
-    """Prints a table, or JSON."""
-    parser = argparse.ArgumentParser(prog="scripts/bench checkpoint", description=__doc__)
-    parser.add_argument("--mib", type=int, default=500, help="size of the state (500)")
-    parser.add_argument("--repeats", type=int, default=9, help="saves of each way that count (9)")
-    parser.add_argument("--pause-s", type=float, default=1.0, help="training between two saves (1)")
-    parser.add_argument("--dir", default=None, help="folder on the disk to measure (default: the system's temporary)")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    """Prints a table, writes JSON."""
+    made = parser("checkpoint", __doc__, 9)
+    made.add_argument("--mib", type=int, default=500, help="size of the state (500)")
+    made.add_argument("--pause-s", type=float, default=1.0, help="training between two saves (1)")
+    made.add_argument("--dir", default=None, help="folder on the disk to measure (default: the system's temporary)")
+    arguments = made.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     found = measure(arguments)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(
-        f"{arguments.mib} MiB, {arguments.repeats} saves each, torch {torch.__version__}, {os.cpu_count()} cores,",
-        end="",
-    )
-    print(f" {platform.machine()}")
-    ours = statistics.median(found["this project"]["blocked_s"])
-    print(f"{'way':24} {'blocked ms: median':>18} {'min':>7} {'max':>7} {'times ours':>11} {'written s':>10}")
-    for name, values in found.items():
-        blocked = [1000 * value for value in values["blocked_s"]]
-        median = statistics.median(blocked)
-        total = statistics.median(values["total_s"])
-        times = median / 1000 / ours
-        print(f"{name:24} {median:18.1f} {min(blocked):7.1f} {max(blocked):7.1f} {times:11.1f} {total:10.2f}")
-    mine = found["this project"]
-    print(f"this project: verify (sha256) {mine['verify_s'][0]:.2f} s, load {mine['load_s'][0]:.2f} s")
+    print(f"{arguments.mib} MiB, {found['bytes']} bytes in our file, {machine()}")
+    ours = found["ways"]["this project"]["blocked_s"].median
+    lines = [
+        [name, way["blocked_s"].cell(), f"{way['blocked_s'].median / ours:.1f}", way["total_s"].cell(1, 2)]
+        for name, way in found["ways"].items()
+    ]
+    print(table(("", "training waits, ms", "times ours", "on the disk after, s"), lines))
+    plain = found["read"]["plain load"].median
+    lines = [[name, times.cell(), f"{times.median / plain:.2f}"] for name, times in found["read"].items()]
+    print(f"\n{table(('', 'ms', 'times a plain load'), lines)}")
+    save(found, arguments.json)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main() -> None:
 
 def row(what: str, along: str, unit: str, values: Mapping[int, float]) -> dict[str, Any]:
     """A cost by a number."""
-    (first, low), (last, high) = list(values.items())[0], list(values.items())[-1]
+    (first, low), *_, (last, high) = values.items()
     exponent = math.log(high / low) / math.log(last / first) if min(low, high) > 0 and last != first else math.nan
     return {"what": what, "along": along, "unit": unit, "values": dict(values), "exponent": exponent}
 
@@ -77,7 +77,12 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> str:
     """A group as a table."""
     heads = [f"{number:,}" for number in rows[0]["values"]]
     lines = [
-        [entry["what"], entry["unit"], *(f"{value:.3g}" for value in entry["values"].values()), f"{entry['exponent']:.2f}"]
+        [
+            entry["what"],
+            entry["unit"],
+            *(f"{value:.3g}" for value in entry["values"].values()),
+            f"{entry['exponent']:.2f}",
+        ]
         for entry in rows
     ]
     return table((rows[0]["along"], "", *heads, "exponent"), lines)
@@ -90,9 +95,7 @@ def resolutions(repeats: int) -> list[dict[str, Any]]:
     seconds = {}
     for stage in config.stages:
         seconds[stage.resolution] = step_seconds(
-            config.model_copy(
-                update={"stages": (stage.model_copy(update={"backbone": finest.backbone, "batch": 1}),)}
-            ),
+            config.model_copy(update={"stages": (stage.model_copy(update={"backbone": finest.backbone, "batch": 1}),)}),
             repeats,
         )
     return [row("a step of one sample", "edge in voxels", "s", seconds)]
@@ -123,48 +126,56 @@ def step_seconds(config: Any, repeats: int) -> float:
 
 def cases(counts: Sequence[int]) -> list[dict[str, Any]]:
     """What preparation costs once, and what each start pays again."""
-    costs: dict[str, dict[int, float]] = {
-        name: {} for name in ("prepare, cold", "prepare, warm", "open and split", "order of an epoch", "cache, MiB")
-    }
-    for count in counts:
-        overrides = [f"data.phantoms.count={count}", "stages.stage_8.prior_sweeps=1"]
-        config = load_config("tests/tiny.yaml", overrides, Environment.read({}))
-        config = config.model_copy(update={"stages": config.stages[:1]})
-        with tempfile.TemporaryDirectory(prefix="bench-growth-") as folder:
-            workspace = Workspace(Path(folder))
-            costs["prepare, cold"][count] = seconds(lambda: prepare(config, workspace, progress=False))
-            costs["prepare, warm"][count] = seconds(lambda: prepare(config, workspace, progress=False))
-            run = workspace.run_dir("run")
-            run.ensure()
-            costs["open and split"][count] = seconds(
-                lambda: split_patients(CaseStore.open(config, workspace), config, run)
-            )
-            costs["order of an epoch"][count] = seconds(lambda: epoch_order(count, 1024, 0, "stage_8", 0))
-            costs["cache, MiB"][count] = size(workspace.cache) / MEBI
-    return [row(name, "cases", "" if "MiB" in name else "s", values) for name, values in costs.items()]
+    return by_cost({count: costs_of_cases(count) for count in counts}, "cases")
+
+
+def costs_of_cases(count: int) -> dict[str, float]:
+    """With so many phantoms."""
+    config = load_config("tests/tiny.yaml", [f"data.phantoms.count={count}"], Environment.read({}))
+    config = config.model_copy(update={"stages": config.stages[:1]})
+    with tempfile.TemporaryDirectory(prefix="bench-growth-") as folder:
+        workspace = Workspace(Path(folder))
+        run = workspace.run_dir("run")
+        run.ensure()
+        return {
+            "prepare, cold, s": seconds(lambda: prepare(config, workspace, progress=False)),
+            "prepare, warm, s": seconds(lambda: prepare(config, workspace, progress=False)),
+            "open and split, s": seconds(lambda: split_patients(CaseStore.open(config, workspace), config, run)),
+            "order of an epoch, s": seconds(lambda: epoch_order(count, 1024, 0, "stage_8", 0)),
+            "cache, MiB": size(workspace.cache) / MEBI,
+        }
 
 
 def points(counts: Sequence[int]) -> list[dict[str, Any]]:
     """Curves of one run; a resume takes the last hundredth back."""
-    costs: dict[str, dict[int, float]] = {
-        name: {} for name in ("us per point to log", "event files, MiB", "TensorBoard's reader, s", "taken back, s")
-    }
-    for count in counts:
-        steps = count // POINTS_PER_STEP
-        with tempfile.TemporaryDirectory(prefix="bench-growth-") as folder:
-            run = Path(folder)
-            log = TensorBoardLog(run)
-            tags = [f"{STAGE}/train_{index}_step" for index in range(POINTS_PER_STEP)]
-            spent = seconds(lambda: write(log, tags, steps))
-            log.close()
-            costs["us per point to log"][count] = 1e6 * spent / (steps * POINTS_PER_STEP)
-            costs["event files, MiB"][count] = size(run) / MEBI
-            reader = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-            costs["TensorBoard's reader, s"][count] = seconds(reader.Reload)
-            kept = steps - steps // 100
-            keep = keep_before([STAGE], STAGE, step=kept, epochs=0, global_step=kept)
-            costs["taken back, s"][count] = seconds(lambda: rewind(run, keep))
-    return [row(name, "points of a run", "", values) for name, values in costs.items()]
+    return by_cost({count: costs_of_points(count) for count in counts}, "points of a run")
+
+
+def costs_of_points(count: int) -> dict[str, float]:
+    """With so many points."""
+    steps = count // POINTS_PER_STEP
+    with tempfile.TemporaryDirectory(prefix="bench-growth-") as folder:
+        run = Path(folder)
+        log = TensorBoardLog(run)
+        tags = [f"{STAGE}/train_{index}_step" for index in range(POINTS_PER_STEP)]
+        spent = seconds(lambda: write(log, tags, steps))
+        log.close()
+        written = size(run)
+        reader = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+        kept = steps - steps // 100
+        keep = keep_before([STAGE], STAGE, step=kept, epochs=0, global_step=kept)
+        return {
+            "logged, us per point": 1e6 * spent / (steps * POINTS_PER_STEP),
+            "event files, MiB": written / MEBI,
+            "read by TensorBoard, s": seconds(reader.Reload),
+            "taken back by a resume, s": seconds(lambda: rewind(run, keep)),
+        }
+
+
+def by_cost(found: Mapping[int, Mapping[str, float]], along: str) -> list[dict[str, Any]]:
+    """A row per cost."""
+    names = next(iter(found.values()))
+    return [row(name, along, "", {number: costs[name] for number, costs in found.items()}) for name in names]
 
 
 def write(log: TensorBoardLog, tags: Sequence[str], steps: int) -> None:
@@ -181,7 +192,16 @@ def processes(counts: Sequence[int]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="bench-growth-") as folder:
             settings = ["stages.*.epochs=1", "stages.*.samples_per_epoch=160", "logging.log_every_n_steps=1"]
             settings += [f"compute.threads={max(1, cores // count)}", "data.phantoms.count=8"]
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "app", "train"]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(count),
+                "-m",
+                "app",
+                "train",
+            ]
             command += ["--config", "configs/demo.yaml", "--stages", STAGE]
             command += [part for setting in settings for part in ("--set", setting)]
             environment = {**os.environ, "WORKSPACE": folder, "OMP_NUM_THREADS": str(max(1, cores // count))}

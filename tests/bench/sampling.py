@@ -46,7 +46,13 @@ def main() -> None:
             rows += timed(config, stage, arguments.steps, arguments.repeats, arguments.patience)
     columns = ("", "sampler steps", "seconds per volume", "memory GiB", "of it weights")
     lines = [
-        [row["stage"], str(row["steps"]), row["seconds"].cell(1, 2), gib(row["grown"] + row["weights"]), gib(row["weights"])]
+        [
+            row["stage"],
+            str(row["steps"]),
+            row["seconds"].cell(1, 2),
+            gib(row["grown"] + row["weights"]),
+            gib(row["weights"]),
+        ]
         for row in rows
     ]
     print(table(columns, lines), flush=True)
@@ -56,7 +62,12 @@ def main() -> None:
         print(f"\nthe demo after {arguments.train_steps} steps a stage, dB by sampler steps")
         counts = [str(steps) for steps in quality[0]["psnr_db"]]
         lines = [
-            [row["stage"], *(f"{value:.2f}" for value in row["psnr_db"].values()), f"{row['c']:.2f}", str(row["enough"])]
+            [
+                row["stage"],
+                *(f"{value:.2f}" for value in row["psnr_db"].values()),
+                f"{row['c']:.2f}",
+                str(row["enough"]),
+            ]
             for row in quality
         ]
         print(table(("", *counts, "c", f"within {CLOSE_DB} dB of the best"), lines))

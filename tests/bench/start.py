@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from app.config_file import load_config
@@ -50,10 +51,11 @@ def main() -> None:
             def saved(checkpoints: CheckpointFolder = checkpoints) -> bool:
                 return any(entry.counters.step > 0 for entry in checkpoints.entries(config.stages[0].name))
 
-            found["fresh"].append(seconds_to(lambda run=run: (marked(run.step_mark) or 0) > 0, command, env, then=saved))
+            first = partial(stepped_past, run.step_mark, 0)
+            found["fresh"].append(seconds_to(first, command, env, then=saved))
             at = max(entry.counters.step for entry in checkpoints.entries(config.stages[0].name))
             run.step_mark.unlink()
-            found["resumed"].append(seconds_to(lambda run=run, at=at: (marked(run.step_mark) or 0) > at, command, env))
+            found["resumed"].append(seconds_to(partial(stepped_past, run.step_mark, at), command, env))
         read = in_turn({"verify and load": lambda: checkpoints.newest(config.stages[0].name)}, arguments.repeats)
         imports = in_turn(
             {
@@ -96,6 +98,11 @@ def wait(happened: Callable[[], bool], process: subprocess.Popen[bytes], start: 
             output = process.stdout.read().decode() if process.stdout else ""
             raise SystemExit(f"the trainer ended or took more than {DEADLINE_S:g} s:\n{output}")
         time.sleep(0.005)
+
+
+def stepped_past(mark: Path, step: int) -> bool:
+    """Whether a process has completed more steps than that."""
+    return (marked(mark) or 0) > step
 
 
 def python(*arguments: str, env: dict[str, str] | None = None) -> None:

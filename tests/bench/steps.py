@@ -1,66 +1,126 @@
-"""Seconds of the projector and of an optimizer step for each stage of a config, on noise in place of patients."""
+"""Seconds of an optimizer step for each stage of a config, beside the bare arithmetic of the same modules.
+
+`bare`: condition, forward, both losses, backward, clipping, AdamW and EMA of one micro-batch, its noise drawn
+beforehand, in a plain loop; `step`: the product's `train_step` on the same batch of noise, gradients not accumulated.
+Also both views of the projector, forward and with its backward pass; on a GPU the allocator's peak.
+"""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from app.config import Config, StageConfig
 from app.config_file import load_config
 from app.env import Environment
+from app.model.diffusion import log_snr
 from app.physics.geometry import geometry_from_config
 from app.physics.projector import Projector
 from app.train.handover import new_state
+from app.train.loss import sample_losses
 from app.train.precision import Precision, choose_device, choose_precision
+from app.train.randomness import step_draws, volume_noise
 from app.train.samples import Batch
 from app.train.stage import train_step
 from app.train.state import StageState
+from tests.bench.measure import in_turn, machine, parser, save, table
 
-COLUMNS = ("stage", "project ms", "and back ms", "parameters M", "step s", "samples/s", "GiB")
+COLUMNS = ("", "project ms", "and back ms", "parameters M", "step ms", "bare ms", "ratio", "samples/s", "GiB")
 
 
 def main() -> None:
-    """Prints one line per stage."""
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE")
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    """Prints a table, writes JSON."""
+    made = parser("steps", __doc__, 20)
+    made.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
+    made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    made.add_argument("--stages", nargs="+", default=[], metavar="STAGE")
+    arguments = made.parse_args()
     config = load_config(arguments.config, arguments.overrides, Environment.read())
     torch.set_num_threads(config.compute.threads)
     torch.set_flush_denormal(True)
     device = choose_device(config.compute)
     precision = choose_precision(config.compute, device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{config.compute.threads} CPU threads"
-    print(f"{arguments.config}, torch {torch.__version__}, {precision} on {machine}")
-    print(*(f"{name:>12}" for name in COLUMNS))
-    for stage in config.stages:
-        if not arguments.stages or stage.name in arguments.stages:
-            print(row(config, stage, device, precision, arguments.repeats), flush=True)
+    print(f"{arguments.config}, {precision}, {machine()}", flush=True)
+    chosen = [stage for stage in config.stages if not arguments.stages or stage.name in arguments.stages]
+    rows = [row(config, stage, device, precision, arguments.repeats) for stage in chosen]
+    print(table(COLUMNS, [cells(found) for found in rows]))
+    save({"config": arguments.config, "precision": precision, "rows": rows}, arguments.json)
 
 
-def row(config: Config, stage: StageConfig, device: torch.device, precision: str, repeats: int) -> str:
-    """One line of the table; the memory is the peak of this stage's steps on the GPU."""
+def cells(found: dict[str, Any]) -> list[str]:
+    """A line."""
+    return [
+        found["stage"],
+        found["project"].cell(1e3, 2),
+        found["and back"].cell(1e3, 2),
+        f"{found['parameters'] / 1e6:.2f}",
+        found["step"].cell(),
+        found["bare"].cell(),
+        f"{found['ratio']:.3f}",
+        f"{found['samples_per_s']:.2f}",
+        f"{found['peak'] / 2**30:.2f}" if found["peak"] else "",
+    ]
+
+
+def row(config: Config, stage: StageConfig, device: torch.device, precision: str, repeats: int) -> dict[str, Any]:
+    """The figures of a stage."""
+    # A whole batch at a time, so that a step and the bare loop do the same.
+    stage = stage.model_copy(update={"batch": stage.micro_batch or stage.batch})
     edge = stage.resolution
     projector = Projector(geometry_from_config(config), edge).to(device)
     mu = (torch.rand(1, 1, edge, edge, edge, device=device) * 0.02).requires_grad_()
-    with torch.no_grad():
-        forward = seconds(lambda: projector(mu), device, repeats)
-    both = seconds(lambda: projector(mu).square().sum().backward(), device, repeats)
+    projections = in_turn(
+        {"project": lambda: projector(mu.detach()), "and back": lambda: projector(mu).square().sum().backward()},
+        repeats,
+    )
     state, batches = training(config, stage, device, precision)
+    alone = bare(*training(config, stage, device, precision))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = seconds(lambda: train_step(state, batches, config.physics.weight, lambda: False), device, repeats)
-    parameters = sum(tensor.numel() for tensor in state.model.parameters()) / 1e6
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    values = (forward * 1e3, both * 1e3, parameters, step, stage.batch / step, gib)
-    return " ".join((f"{stage.name:>12}", *(f"{value:>12.3f}" for value in values)))
+    times = in_turn(
+        {
+            "step": lambda: train_step(state, batches, config.physics.weight, lambda: False),
+            "bare": alone,
+        },
+        repeats,
+    )
+    return {
+        "stage": stage.name,
+        **projections,
+        **times,
+        "parameters": sum(tensor.numel() for tensor in state.model.parameters()),
+        "ratio": times["step"].median / times["bare"].median,
+        "samples_per_s": stage.batch / times["step"].median,
+        "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+def bare(state: StageState, batches: Iterator[Batch]) -> Callable[[], None]:
+    """A step of a plain loop over the same modules."""
+    config, stage, model, batch = state.config, state.stage, state.model, next(batches)
+    count, device = len(batch.x_0), batch.x_0.device
+    names = [(config.seed, stage.name, 1, index) for index in range(count)]
+    noise = torch.stack([volume_noise(batch.x_0.shape[1:], device, *name, "noise") for name in names])
+    draws = step_draws(count, config.diffusion, config.seed, stage.name, 1)
+    snr, views = log_snr(draws.t.to(device), stage.resolution, config.diffusion), draws.views.to(device)
+    level = lowres_noise = None
+    if batch.lowres is not None:
+        level, lowres_noise = draws.noise_level.to(device), torch.randn_like(batch.lowres)
+
+    def step() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        with state.precision.autocast():
+            condition = model.condition(batch.xrays, views, batch.lowres, level, lowres_noise)
+            losses = sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
+        (losses.diffusion.mean() + config.physics.weight * losses.physics.mean()).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+        state.optimizer.step()
+        state.ema.update(model, stage.ema_decay)
+
+    return step
 
 
 def training(
@@ -76,18 +136,6 @@ def training(
     )
     state = new_state(config, stage, device, Precision(precision, device), fingerprint="bench", parent=None)
     return state, itertools.repeat(batch)
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median duration of `work` after one call that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 if __name__ == "__main__":
