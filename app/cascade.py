@@ -28,6 +28,7 @@ from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder
 from app.train.handover import Parents, measure_training_cases, new_state
+from app.train.memory import memory_of, out_of_memory
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
 from app.train.precision import Precision, choose_device, choose_precision
@@ -258,24 +259,28 @@ class _Run:
             self.device,
             f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "",
         )
-        train_stage(
-            state,
-            StageRun(
-                train=train,
-                val=val,
-                checkpoints=self.checkpoints,
-                pace=self.pace,
-                run_log=run_log,
-                draw=validation_panel,
-                status=self.status,
-                stop=self.stop,
-                grace=self.grace,
-                mark=self.mark,
-                after_epoch=self._after_epoch,
-                first_global_step=self.config.first_global_step(stage),
-                ranks=self.ranks,
-            ),
-        )
+        try:
+            train_stage(
+                state,
+                StageRun(
+                    train=train,
+                    val=val,
+                    checkpoints=self.checkpoints,
+                    pace=self.pace,
+                    run_log=run_log,
+                    draw=validation_panel,
+                    status=self.status,
+                    stop=self.stop,
+                    grace=self.grace,
+                    mark=self.mark,
+                    after_epoch=self._after_epoch,
+                    first_global_step=self.config.first_global_step(stage),
+                    ranks=self.ranks,
+                ),
+            )
+        except torch.OutOfMemoryError as error:
+            message = out_of_memory(self.config, stage, precision.name, memory_of(self.device))
+            raise MachineError(message) from error
 
     def _after_epoch(self) -> None:
         if isinstance(self.status, SilentStatus):

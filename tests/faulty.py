@@ -196,6 +196,16 @@ def on_a_slow_volume(nth: Nth) -> None:
     in_step(nth)
 
 
+def out_of_memory(nth: Nth) -> None:
+    """A GPU without room for a step: torch's own error."""
+
+    def fault() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    nth.fault = fault
+    before(app.train.stage, "_losses", lambda *_: nth())
+
+
 def main() -> int:
     """Arm the fault and run the application."""
     name, _, count = sys.argv[1].partition(":")

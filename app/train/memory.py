@@ -7,6 +7,8 @@ fragmentation, the context of the GPU.
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,7 +59,9 @@ def step_memory(config: Config, stage: StageConfig, precision: str, micro_batch:
     """
     count = micro_batch or stage.micro_batch or stage.batch
     live = _Live()
-    with torch.random.fork_rng(devices=[]), _Shapes(), live:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _Shapes(), live:
+        # `copy.deepcopy`, by which EMA starts, asks every tensor for its address.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         state = new_state(config, stage, CPU, Precision("fp32", CPU), "", None)
         weights = live.now
         state.model.train()
@@ -128,3 +132,42 @@ def _storages(values: Iterable[Any]) -> int:
     """Bytes of tensors, those that share memory counted once."""
     storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
     return sum(storage.nbytes() for storage in {id(storage): storage for storage in storages}.values())
+
+
+def micro_batches(stage: StageConfig) -> list[int]:
+    """The stage's micro-batch and the smaller ones that divide its batch, largest first."""
+    most = stage.micro_batch or stage.batch
+    return [count for count in range(most, 0, -1) if stage.batch % count == 0]
+
+
+def memory_table(config: Config, stage: StageConfig, precision: str, card_bytes: int | None = None) -> str:
+    """GiB of a step for each micro-batch, with and without checkpointed activations, against the card's memory."""
+    lines = [f"{'micro_batch':>13}{'plain':>10}{'checkpointed':>14}"]
+    for count in micro_batches(stage):
+        cells = []
+        for checkpointed in (False, True):
+            backbone = stage.backbone.model_copy(update={"checkpoint_activations": checkpointed})
+            changed = stage.model_copy(update={"backbone": backbone})
+            stages = tuple(changed if other == stage else other for other in config.stages)
+            peak = step_memory(config.model_copy(update={"stages": stages}), changed, precision, count).peak
+            fits = card_bytes is None or peak + CONTEXT_BYTES <= card_bytes
+            cells.append(f"{peak / 2**30:.1f}{'' if fits else ' !'}")
+        lines.append(f"{count:>13}{cells[0]:>10}{cells[1]:>14}")
+    return "\n".join(lines)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(config: Config, stage: StageConfig, precision: str, card_bytes: int) -> str:
+    """What to do when a device was too small."""
+    return (
+        f"{stage.name} did not fit into the device's {card_bytes / 2**30:.1f} GiB. Stop what else runs on it, or lower "
+        f"stages.{stage.name}.micro_batch, or set stages.{stage.name}.backbone.checkpoint_activations=true: both may "
+        "change on resume, the samples of a step and the curves stay the same. Predicted GiB of a step (! does not "
+        f"fit):\n{memory_table(config, stage, precision, card_bytes)}"
+    )

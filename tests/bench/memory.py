@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -143,5 +142,4 @@ def measured(config: Config, name: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     main()
