@@ -41,6 +41,7 @@ class AttemptRecord:
         self._status = status
         self._history = History()
         self._mark: StepMark | None = None
+        self._here = 0
 
     def begin(self, point: ResumePoint, stage: StageConfig, here: int, device: str) -> None:
         """Put on record that, where and after what loss the run goes on.
@@ -69,8 +70,7 @@ class AttemptRecord:
             self._notifier.send(RESUMED, f"{describe(point)}, on {device}; {cost}", **where)
         else:
             self._notifier.send(STARTED, f"{describe(point)}, on {device}", **where)
-        self._mark = StepMark(self._run_dir.step_mark, here, seconds)
-        self._here = here
+        self._mark, self._here = StepMark(self._run_dir.step_mark, here, seconds), here
 
     def __call__(self, global_step: int, run_seconds: float) -> None:
         """This many steps of the run are completed, and this long they took."""
