@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from app.chaos_plan import add_arguments, plan_of
 from app.env import Environment, launcher_ranks
-from app.errors import AppError, ConfigError, LockError, MachineError, Stopped
+from app.errors import AppError, ConfigError, Stopped
 from app.evaluate_plan import add_evaluate_arguments, evaluate_plan
 from app.log import setup_logging
 from app.runpod_commands import add_runpod_commands
 from app.sample_plan import add_sample_arguments, sample_plan
+from app.train_command import train_command
 from app.workspace import RunDir, Workspace
 
 if TYPE_CHECKING:
@@ -146,53 +147,12 @@ def _command(
 
 
 def _train(arguments: argparse.Namespace, env: Environment) -> int:
-    from app.ops.signals import StopSignal
-    from app.ops.watchdog import Beat
+    def load() -> Config:
+        from app.config_file import load_config
 
-    # First of all: what is imported next takes seconds, in which a signal must find its handler, and a slow disk may
-    # make it hang.
-    stop = StopSignal(_leave_stopped)
-    polled: Callable[[], bool] = stop
-    if arguments.beat_fd is not None:
-        polled = Beat(stop, arguments.beat_fd)
-        polled()
-    from app.cascade import train
-    from app.config_file import load_config
-    from app.ops.crash_budget import record_crash
-    from app.ops.refusal import leave_reason
-    from app.train.parallel import join
-    from app.train.volume import volume_error
+        return load_config(_config_path(arguments, env), arguments.overrides, env)
 
-    workspace = Workspace(env.workspace)
-    run_dir: RunDir | None = None
-    ranks = join(launcher_ranks())
-    try:
-        config = ranks.first(lambda: load_config(_config_path(arguments, env), arguments.overrides, env))
-        run_dir = workspace.run_dir(config.run_name)
-        train(config, workspace, env, polled, stop, arguments.stages, arguments.fall_back, ranks)
-        ranks.leave()
-    except Stopped as error:
-        log.info("%s; the same command goes on from here", error)
-        return error.exit_code
-    except AppError as error:
-        # With the lock held by another process, the folder is that process's to write in.
-        if ranks.is_first and not isinstance(error, LockError):
-            leave_reason(run_dir or workspace.run_dir(env.run_name), error)
-        raise
-    except Exception as error:
-        full = volume_error(error)
-        if full is None:
-            if run_dir is not None and ranks.is_first:
-                record_crash(error, run_dir)
-            raise
-        problem = MachineError(
-            f"{workspace.root}: {full.strerror}. The checkpoints so far are whole. Make room or mount a larger volume, "
-            "then run the same command: it goes on from the last of them"
-        )
-        if ranks.is_first:
-            leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
-        raise problem from error
-    return 0
+    return train_command(arguments, env, load, _leave_stopped)
 
 
 def _supervise(arguments: argparse.Namespace, env: Environment) -> int:
@@ -213,19 +173,23 @@ def _park(problem: str) -> int:
 
 def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
     from app.config_file import load_config
+    from app.ops.notify import Notifier
     from app.ops.supervise_trainer import StopRequest, Supervision
 
     def load() -> Config:
         return load_config(_config_path(arguments, env), arguments.overrides, env)
 
-    return Supervision(
-        load_config=load,
-        train_arguments=_train_arguments(arguments),
-        stages=arguments.stages,
-        env=env,
-        stop=StopRequest(),
-        pid_file=arguments.pid_file,
-    ).run()
+    stop = StopRequest()
+    with Notifier(env, run=env.run_name, stop=stop) as notifier:
+        return Supervision(
+            load_config=load,
+            train_arguments=_train_arguments(arguments),
+            stages=arguments.stages,
+            env=env,
+            stop=stop,
+            pid_file=arguments.pid_file,
+            notifier=notifier,
+        ).run()
 
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -257,16 +221,11 @@ def _prepare(arguments: argparse.Namespace, env: Environment) -> int:
 
 
 def _status(arguments: argparse.Namespace, env: Environment) -> int:
-    from app.ops.status import read_status, status_text
+    from app.ops.status import read_status, status_json, status_text
 
     run_dir = _run_dir(arguments, env)
     fields = read_status(run_dir)
-    if arguments.json:
-        import json
-
-        print(json.dumps(fields, indent=1))
-    else:
-        print(status_text(run_dir, fields))
+    print(status_json(run_dir, fields) if arguments.json else status_text(run_dir, fields))
     return 0
 
 

@@ -9,41 +9,42 @@ from typing import Literal
 
 import torch
 
+from app.attempt_record import AttemptRecord, device_name
 from app.config import Config, StageConfig
-from app.config_changes import differences, refusal
 from app.config_file import resolved_yaml
 from app.data.cases import Case, CaseStore, Split, prepare, split_patients
 from app.env import Environment
-from app.errors import CheckpointError, ConfigError, MachineError
+from app.errors import AppError, ConfigError, MachineError
 from app.ops.crash_budget import Attempts
 from app.ops.event_files import rewind
 from app.ops.layout import layout
+from app.ops.ledger import Ledger
+from app.ops.notify import FINISHED, Notifier
 from app.ops.panels import validation_panel
 from app.ops.progress import ProgressPicture
 from app.ops.run_lock import RunLock
 from app.ops.status import RunStatus
-from app.ops.step_mark import StepMark, marked
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
-from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
-from app.train.checkpoint import RESUME_KEY, CheckpointFolder
+from app.tags import CONFIG, keep_before
+from app.train.checkpoint import CheckpointFolder
 from app.train.handover import Parents, measure_training_cases, new_state
 from app.train.memory import memory_of, out_of_memory
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
-from app.train.precision import Precision, choose_device, choose_precision
+from app.train.precision import Precision, choose_device
 from app.train.protocols import Grace, Stop
-from app.train.resume import ResumePoint, describe, find_resume_point, set_newest_aside
+from app.train.resume import ResumePoint, describe, find_resume_point, resumed_precision, set_newest_aside
 from app.train.samples import StageCases
-from app.train.silent import SilentCheckpoints, SilentLog, SilentMark, SilentStatus
+from app.train.silent import SilentCheckpoints, SilentLog, SilentRecord, SilentStatus
 from app.train.stage import StageRun, train_stage
 from app.train.take_over import take_over
-from app.train.volume import write_speed
+from app.train.volume import volume_error, write_speed
 from app.workspace import RunDir, Workspace, atomic_write, remove_temporary_files
 
 log = logging.getLogger(__name__)
 
-SILENCE: tuple[SilentStatus, Callable[[], None]] = (SilentStatus(), lambda: None)
+SILENCE: tuple[SilentStatus, Callable[[], None], None] = (SilentStatus(), lambda: None, None)
 """In place of `_take`, in all processes of a run but the first."""
 FOLLOWERS_AT_END_S = 60.0
 """For Weights & Biases to send the rest of a finished run."""
@@ -57,6 +58,8 @@ def train(
     env: Environment,
     stop: Stop,
     grace: Grace,
+    notifier: Notifier,
+    began: float,
     only: Sequence[str] = (),
     fall_back: bool = False,
     ranks: Ranks = ALONE,
@@ -69,6 +72,8 @@ def train(
         env: secrets of Weights & Biases.
         stop: polled everywhere; True ends the run with its state saved.
         grace: how long that may take.
+        notifier: sends what happens to a webhook.
+        began: start of the process, in seconds since 1970.
         only: names of the stages to train; empty is all.
         fall_back: go on from the state before the newest one.
         ranks: this process among those that train the run together; only the first writes.
@@ -81,11 +86,16 @@ def train(
     torch.set_flush_denormal(True)
     run_dir = workspace.run_dir(config.run_name)
     with ExitStack() as held:
-        status, fence = ranks.everyone(
-            lambda: _take(config, workspace, run_dir, held, stop, fall_back) if ranks.is_first else SILENCE
+        status, fence, ledger = ranks.everyone(
+            lambda: _take(config, workspace, run_dir, held, stop, fall_back, env, began) if ranks.is_first else SILENCE
         )
+        if isinstance(status, RunStatus):
+            fields = status.fields
+            notifier.where = lambda: fields
         store, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
-        _Run(config, workspace, env, stop, grace, fence, run_dir, status, store, split, device, ranks).train(only)
+        _Run(
+            config, workspace, env, stop, grace, fence, run_dir, status, store, split, device, ranks, ledger, notifier
+        ).train(only)
 
 
 def _device(config: Config, only: Sequence[str], ranks: Ranks) -> torch.device:
@@ -97,19 +107,33 @@ def _device(config: Config, only: Sequence[str], ranks: Ranks) -> torch.device:
 
 
 def _take(
-    config: Config, workspace: Workspace, run_dir: RunDir, held: ExitStack, stop: Stop, fall_back: bool
-) -> tuple[RunStatus, Callable[[], None]]:
-    """Take the run folder for as long as `held` is open; its status, and the question whether it is still ours."""
+    config: Config,
+    workspace: Workspace,
+    run_dir: RunDir,
+    held: ExitStack,
+    stop: Stop,
+    fall_back: bool,
+    env: Environment,
+    began: float,
+) -> tuple[RunStatus, Callable[[], None], Ledger]:
+    """Take the run folder while `held` is open; its status, the question whether it is still ours, its ledger."""
     workspace.ensure()
     run_dir.ensure()
     lock = held.enter_context(RunLock(run_dir.run_lock, stop))
+    ledger = held.enter_context(Ledger(run_dir, lock.check, _exit_code, began=began, pod=env.runpod_pod_id))
     run_dir.reason.unlink(missing_ok=True)
     if fall_back:
         lock.check()
         _fall_back(config, run_dir)
     status = RunStatus(run_dir)
     status(state="preparing data")
-    return status, lock.check
+    return status, lock.check, ledger
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, AppError):
+        return error.exit_code
+    return AppError.exit_code if volume_error(error) is None else MachineError.exit_code
 
 
 def _fall_back(config: Config, run_dir: RunDir) -> None:
@@ -150,10 +174,12 @@ class _Run:
         split: Split,
         device: torch.device,
         ranks: Ranks,
+        ledger: Ledger | None,
+        notifier: Notifier,
     ) -> None:
         self.config, self.workspace, self.env, self.stop, self.grace = config, workspace, env, stop, grace
         self.run_dir, self.status, self.store, self.split, self.device = run_dir, status, store, split, device
-        self.fence, self.ranks = fence, ranks
+        self.fence, self.ranks, self.ledger, self.notifier = fence, ranks, ledger, notifier
         self.checkpoints = CheckpointFolder(run_dir, fence) if ranks.is_first else SilentCheckpoints(run_dir)
         self.progress = ProgressPicture(run_dir.progress_png, run_dir.tensorboard, _names(config))
         self.cases = {side: _cases(store, ids) for side, ids in (("train", split.train), ("val", split.val))}
@@ -167,22 +193,23 @@ class _Run:
         precision = Precision(precision_name, self.device)
         if point.stage is None:
             log.info("all stages are finished; nothing to train in %s", self.run_dir.path)
-            self._finish()
+            self._finish(news=not self.run_dir.done.exists())
             return
         log.info("%s", describe(point))
-        run_log, self.mark = self.ranks.everyone(lambda: self._records(point))
-        first = point.stage
+        first, self.run_seconds = point.stage, point.run_seconds
+        run_log, self.record = self.ranks.everyone(lambda: self._records(point, first))
         try:
             for stage in self.ranks.first(lambda: self._pending(first, only)):
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
             if not only or self.config.stages[-1].name in only:
-                self._finish()
+                self._finish(news=True)
                 log.info("finished: all stages are trained; checkpoints in %s", self.run_dir.path)
             else:
                 self.status.close("finished")
+                self.notifier.send(FINISHED, f"--stages {' '.join(only)}: trained")
                 log.info("finished: --stages %s", " ".join(only))
         finally:
-            self.mark.close()
+            self.record.close()
             on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
             run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
 
@@ -195,19 +222,24 @@ class _Run:
             other = CheckpointFolder(self.workspace.run_dir(self.config.init_from))
             take_over(self.config, self.checkpoints, other, self.split.fingerprint)
         point = find_resume_point(self.config, self.checkpoints)
-        precision = self._precision(point)
+        precision = resumed_precision(point, self.config, self.run_dir.path, self.device)
         atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
         return point, precision
 
-    def _records(self, point: ResumePoint) -> tuple[RunLog | SilentLog, StepMark | SilentMark]:
+    def _records(
+        self, point: ResumePoint, stage: StageConfig
+    ) -> tuple[RunLog | SilentLog, AttemptRecord | SilentRecord]:
         """Where this process's curves and steps go from the resume point on."""
-        if not self.ranks.is_first:
+        if self.ledger is None or not isinstance(self.status, RunStatus):
             self.pace = Pace(1.0)
-            return SilentLog(), SilentMark()
+            return SilentLog(), SilentRecord()
         self.pace = self._measure_volume()
         self._rewind(point)
         run_log = self._open_log()
-        return run_log, self._resume_marker(point, run_log)
+        record = AttemptRecord(self.run_dir, self.ledger, self.notifier, run_log, self.status)
+        here = self.config.first_global_step(stage) + point.counters.step
+        record.begin(point, stage, here, device_name(self.device, self.ranks.size))
+        return run_log, record
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
         """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
@@ -225,8 +257,10 @@ class _Run:
                 )
         return chosen
 
-    def _finish(self) -> None:
+    def _finish(self, news: bool) -> None:
         if self.ranks.is_first:
+            if news:
+                self.notifier.send(FINISHED, "all stages are trained")
             atomic_write(self.run_dir.done, b"all stages are finished\n")
         self.status.close("finished")
 
@@ -242,6 +276,7 @@ class _Run:
         )
         if point is None or point.payload is None:
             measure_training_cases(state, train)
+            state.progress.run_seconds = self.run_seconds
         else:
             payload, source = point.payload, point.source
             self.ranks.everyone(lambda: state.restore(payload, source))
@@ -259,28 +294,28 @@ class _Run:
             self.device,
             f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "",
         )
+        run = StageRun(
+            train=train,
+            val=val,
+            checkpoints=self.checkpoints,
+            pace=self.pace,
+            run_log=run_log,
+            draw=validation_panel,
+            status=self.status,
+            stop=self.stop,
+            grace=self.grace,
+            mark=self.record,
+            after_epoch=self._after_epoch,
+            first_global_step=self.config.first_global_step(stage),
+            ranks=self.ranks,
+        )
         try:
-            train_stage(
-                state,
-                StageRun(
-                    train=train,
-                    val=val,
-                    checkpoints=self.checkpoints,
-                    pace=self.pace,
-                    run_log=run_log,
-                    draw=validation_panel,
-                    status=self.status,
-                    stop=self.stop,
-                    grace=self.grace,
-                    mark=self.mark,
-                    after_epoch=self._after_epoch,
-                    first_global_step=self.config.first_global_step(stage),
-                    ranks=self.ranks,
-                ),
-            )
+            train_stage(state, run)
         except torch.OutOfMemoryError as error:
             message = out_of_memory(self.config, stage, precision.name, memory_of(self.device))
             raise MachineError(message) from error
+        self.run_seconds = state.progress.run_seconds
+        self.record.stage_ended(stage, state.progress, run.first_global_step + state.progress.step)
 
     def _after_epoch(self) -> None:
         if isinstance(self.status, SilentStatus):
@@ -291,29 +326,6 @@ class _Run:
             self.progress.write(headline, self.status.eta_s())
         except OSError as error:
             log.warning("%s cannot be written: %s", self.run_dir.progress_png, error.strerror)
-
-    def _precision(self, point: ResumePoint) -> str:
-        """The checkpoint's own precision, once its config is found to be the same run's."""
-        if point.found is None:
-            return choose_precision(self.config.compute, self.device)
-        scientific, operational = differences(point.found["config"], self.config, self.run_dir.path / point.source)
-        if scientific:
-            raise CheckpointError(refusal(scientific))
-        self._refuse_growth_of_a_parent(point, [difference.key for difference in operational])
-        for difference in operational:
-            log.info("changed since the last attempt: %s", difference)
-        precision: str = point.found[RESUME_KEY]["precision"]
-        return precision
-
-    def _refuse_growth_of_a_parent(self, point: ResumePoint, changed: Sequence[str]) -> None:
-        reached = point.found[RESUME_KEY]["stage"] if point.found else ""
-        names = _names(self.config)
-        for name in names[: names.index(reached)]:
-            if f"stages.{name}.epochs" in changed:
-                raise CheckpointError(
-                    f"stages.{name}.epochs: {name} is finished and {reached} is trained on its outputs, so it cannot "
-                    "be prolonged. Put the old value back, or start a new run with another run_name"
-                )
 
     def _measure_volume(self) -> Pace:
         """How fast checkpoints will be written.
@@ -348,20 +360,6 @@ class _Run:
         report = rewind(self.run_dir.tensorboard, keep)
         if report.files:
             log.info("curves: %d points beyond the checkpoint were taken back", report.dropped)
-
-    def _resume_marker(self, point: ResumePoint, run_log: RunLog) -> StepMark:
-        """Put into the record that, where and after what loss the run goes on; the mark of its steps from here."""
-        stage = point.stage or self.config.stages[-1]
-        here = self.config.first_global_step(stage) + point.counters.step
-        attempts = Attempts(self.run_dir)
-        before, reached = attempts.trained(), marked(self.run_dir.step_mark)
-        lost = max(0, (reached or 0) - here) if before else 0
-        attempts.trains(stage.name, point.counters.step, here, lost)
-        if before:
-            log.info("interruption %d of this run cost %d steps", len(before), lost)
-            run_log.scalars({INTERRUPTIONS: len(before), LOST_STEPS: sum(before) + lost}, here)
-            run_log.text(RESUMED, f"{describe(point)}; {lost} steps were lost", here)
-        return StepMark(self.run_dir.step_mark, here)
 
     def _open_log(self) -> RunLog:
         curves = TensorBoardLog(self.run_dir.tensorboard, self.config.logging.flush_s, fence=self.fence)

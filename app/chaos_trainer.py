@@ -63,7 +63,7 @@ class Trainer:
         self._command = [sys.executable, "-m", "app", "train", *arguments]
         self._output = workspace.with_name(f"{workspace.name}.out")
         self._stop = stop
-        inherited = child_environment({"WORKSPACE": str(workspace), "WANDB_MODE": "disabled"})
+        inherited = child_environment({"WORKSPACE": str(workspace), "WANDB_MODE": "disabled", "NOTIFY_URL": ""})
         # A rehearsal must not be able to stop the pod that it runs on.
         self._environment = {name: value for name, value in inherited.items() if not name.startswith("RUNPOD_")}
 

@@ -13,6 +13,7 @@ from app.errors import ConfigError
 
 PLACEHOLDER = re.compile(r"\s*\{\{.*\}\}\s*", re.DOTALL)
 SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$|^NOTIFY_URL$")
+WEBHOOK = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][!-~]*)?", re.IGNORECASE)
 SHORTEST_SECRET = 4
 DASHBOARD_AUTHS = ("password", "none")
 LARGEST_PORT = 65535
@@ -53,6 +54,12 @@ VARIABLES = (
     Variable("PORT", "6006", "Port of the dashboard."),
     Variable("WANDB_API_KEY", "", "Turns Weights & Biases on. A secret: it appears in no log and no file."),
     Variable("WANDB_MODE", "", "online, offline (writes into the run folder, needs no key) or disabled."),
+    Variable(
+        "NOTIFY_URL",
+        "",
+        "Webhook that gets a JSON POST when a run starts, resumes, finishes a stage, finishes, is refused or stops. A "
+        "secret.",
+    ),
     Variable(
         "PUBLIC_KEY", "", "SSH public keys, a line each: turns the container's SSH server on, for these keys only."
     ),
@@ -99,6 +106,7 @@ class Environment:
     port: int
     wandb_api_key: Secret | None
     wandb_mode: str | None
+    notify_url: Secret | None
     public_key: str | None
     runpod_pod_id: str | None
     runpod_api_key: Secret | None
@@ -135,6 +143,7 @@ class Environment:
             port=_port(values["PORT"] or ""),
             wandb_api_key=None if key is None else Secret(key),
             wandb_mode=values["WANDB_MODE"] and _one_of("WANDB_MODE", values["WANDB_MODE"], WANDB_MODES),
+            notify_url=_webhook(values["NOTIFY_URL"]),
             public_key=values["PUBLIC_KEY"],
             runpod_pod_id=values["RUNPOD_POD_ID"],
             runpod_api_key=None if runpod_key is None else Secret(runpod_key),
@@ -207,6 +216,17 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"environment variable {name}: expected one of {', '.join(choices)}, found {value!r}")
     return value
+
+
+def _webhook(text: str | None) -> Secret | None:
+    if text is None:
+        return None
+    if not WEBHOOK.fullmatch(text):
+        raise ConfigError(
+            "environment variable NOTIFY_URL: expected http:// or https:// and a host, without user and password, in "
+            "printable ASCII without blanks; what was found is not shown, because it may be a secret"
+        )
+    return Secret(text)
 
 
 def _port(text: str) -> int:

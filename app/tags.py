@@ -43,8 +43,12 @@ INTERRUPTIONS = "ops/interruptions"
 """How often the run went on after an end that was not its own, at the step where it went on."""
 LOST_STEPS = "ops/lost_steps"
 """Steps done in vain up to there: completed, not saved, done again."""
+GOODPUT = "ops/goodput"
+"""Share of the time since the first start that went into steps that count; at each resume and each stage's end."""
 RESUMED = "ops/resumed"
 """A text at each step where the run went on."""
+LEDGER = "ops/ledger"
+"""A table of all attempts so far, at each step where the run went on."""
 CHECKPOINT_TAGS = (
     "ops/checkpoint_blocked_s",
     "ops/checkpoint_write_s",
@@ -55,7 +59,7 @@ CHECKPOINT_TAGS = (
 )
 """Of the newest save: seconds that training waited, seconds of the write, its speed; then the interval between two
 rolling saves and the share of the time that they cost at it; saves that failed so far."""
-LOGGED_ON_RESUME = (INTERRUPTIONS, LOST_STEPS, RESUMED)
+LOGGED_ON_RESUME = (INTERRUPTIONS, LOST_STEPS, GOODPUT, RESUMED, LEDGER)
 GLOBAL_GROUPS = ("perf", "gpu", "ops")
 
 GLOBAL_AXIS = "global_step"

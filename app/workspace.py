@@ -112,6 +112,11 @@ class RunDir:
         return self.path / "attempts.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """What each attempt at the run cost, a line for its start, its first step and its end."""
+        return self.path / "ledger.jsonl"
+
+    @property
     def step_mark(self) -> Path:
         """How many optimizer steps were completed, saved or not."""
         return self.path / "steps"

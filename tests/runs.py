@@ -80,7 +80,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], ti
 
 def marked_step(run: Path) -> int:
     """How many steps over all stages were completed, saved or not."""
-    return int((run / "steps").read_text())
+    return int((run / "steps").read_text().split()[0])
 
 
 def series(run: Path) -> Series:

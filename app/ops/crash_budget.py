@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.errors import MachineError
+from app.errors import LockError, MachineError
 from app.ops.step_mark import marked
 from app.workspace import RunDir
 
@@ -120,6 +120,18 @@ class Attempts:
     def trained(self) -> list[int]:
         """Lost steps of each time that a trainer began or went on, the first of which is 0."""
         return [line["lost_steps"] for line in read_lines(self._run_dir.attempts) if line.get("event") == "train"]
+
+    def seen_end(self) -> tuple[int, bool] | None:
+        """Exit code of the trainer that went on last and whether it hung; None where no supervisor saw it end."""
+        found = None
+        for line in read_lines(self._run_dir.attempts):
+            match line.get("event"):
+                case "train":
+                    found = None
+                # Whoever was turned away meanwhile by the run lock is another one.
+                case "crash" | "end" if found is None and line["code"] != LockError.exit_code:
+                    found = (int(line["code"]), bool(line.get("hang")))
+        return found
 
     def forgive(self) -> None:
         """Somebody changed what crashed: counting begins anew."""

@@ -130,7 +130,7 @@ class RunPodApi:
                         f"{error.code} {error.reason}: {_shown(error.read(ANSWER_LIMIT).decode(errors='replace'))}"
                     )
                 hopeless = error.code not in TRY_AGAIN
-                pause = _retry_after(error) or pause
+                pause = retry_after_s(error) or pause
             except (OSError, http.client.HTTPException) as error:
                 problem, hopeless = f"no answer: {error}", False
             except ValueError:
@@ -187,7 +187,14 @@ class Patience(Protocol):
         """Sleep."""
 
 
-def stop_this_pod(pod: PodConfig, pod_id: str | None, key: Secret | None, stop: Patience, base: str = API) -> None:
+def stop_this_pod(
+    pod: PodConfig,
+    pod_id: str | None,
+    key: Secret | None,
+    stop: Patience,
+    base: str = API,
+    announce: Callable[[str], None] = lambda text: None,
+) -> None:
     """On a pod whose run has ended: the grace period, then stop it, again and again until it is gone.
 
     Args:
@@ -196,10 +203,12 @@ def stop_this_pod(pod: PodConfig, pod_id: str | None, key: Secret | None, stop: 
         key: of RunPod's API.
         stop: true once the pod goes down.
         base: address of the API.
+        announce: told before the grace period that and when.
     """
     if not stops_pod(pod, pod_id) or pod_id is None:
         return
     log.info("this pod is stopped in %g minutes; `pod.on_finish: keep` would leave it running", pod.grace_minutes)
+    announce(f"the run has ended and this pod is stopped in {pod.grace_minutes:g} minutes")
     stop.wait(60 * pod.grace_minutes)
     while not stop():
         try:
@@ -217,7 +226,8 @@ def _checked(pod_id: str) -> str:
     return pod_id
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float | None:
+def retry_after_s(error: urllib.error.HTTPError) -> float | None:
+    """How long the server asks to wait, in seconds, up to a minute; None where it does not say."""
     text = error.headers.get("Retry-After", "")
     return min(float(text), LONGEST_PAUSE_S) if text.isdigit() else None
 

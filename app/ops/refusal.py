@@ -45,6 +45,15 @@ def leave_reason(run_dir: RunDir, error: AppError) -> None:
         log.error("%s cannot be written: %s", run_dir.reason, reason.strerror)
 
 
+def reason(run_dir: RunDir, exit_code: int) -> str | None:
+    """What REASON says of an end with this exit code; None where it says nothing of it."""
+    try:
+        first, _, text = run_dir.reason.read_text().partition("\n")
+    except OSError:
+        return None
+    return text.strip() if first == f"exit code {exit_code}" else None
+
+
 def let_stand(run_dir: RunDir, exit_code: int, key: str) -> None:
     """The refusal in REASON stands for as long as `refusal_key` is `key`."""
     if exit_code in STANDING and run_dir.reason.exists():

@@ -11,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from app.errors import MachineError
+from app.ops.ledger_history import History, read_history
+from app.ops.ledger_table import as_json, duration, goodput_text, text_table, totals
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def read_status(run_dir: RunDir) -> dict[str, Any]:
 def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
     """The status for people, a line per fact."""
     age = time.time() - fields["time"]
-    lines = [("run", str(run_dir.path)), ("state", f"{fields.get('state', 'unknown')}, updated {_duration(age)} ago")]
+    lines = [("run", str(run_dir.path)), ("state", f"{fields.get('state', 'unknown')}, updated {duration(age)} ago")]
     if "step" in fields:
         lines += [
             ("stage", fields["stage"]),
@@ -124,18 +126,31 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
     if "val_loss" in fields:
         lines.append(("validation", f"{fields['val_loss']:.5f}, best {fields['best_val_loss']:.5f}"))
     if "stage_eta_s" in fields and fields.get("state") == "training":
-        lines.append(("stage ends in", _duration(fields["stage_eta_s"])))
+        lines.append(("stage ends in", duration(fields["stage_eta_s"])))
     if "checkpoint" in fields:
         lines.append(("checkpoint", f"{fields['checkpoint_file']} at step {fields['checkpoint']}"))
     if fields.get("alarm"):
         lines.append(("ALARM", fields["alarm"]))
     if run_dir.reason.exists():
         lines.append(("REASON", run_dir.reason.read_text().strip()))
+    history, goodput = _attempts(run_dir, fields)
+    if history.attempts:
+        lines += [("attempts", totals(history)), ("goodput", goodput_text(history, goodput))]
     width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
+    text = "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
+    return f"{text}\n\n{text_table(history)}" if history.attempts else text
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+def status_json(run_dir: RunDir, fields: dict[str, Any]) -> str:
+    """The status for programs, the ledger and the goodput with it."""
+    return json.dumps({**fields, "ledger": as_json(*_attempts(run_dir, fields))}, indent=1)
+
+
+def _attempts(run_dir: RunDir, fields: dict[str, Any]) -> tuple[History, float | None]:
+    """The ledger, and the goodput up to the newest sign of life."""
+    try:
+        history = read_history(run_dir.ledger)
+    except OSError as error:
+        raise MachineError(f"{run_dir.ledger}: cannot be read: {error.strerror}") from error
+    newest = max([fields["time"], *(attempt.last_sign for attempt in history.attempts)])
+    return history, history.goodput(fields.get("run_seconds", 0.0), newest)

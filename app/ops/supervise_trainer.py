@@ -20,17 +20,28 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from app.config import Config, PodConfig
 from app.env import Environment, child_environment
 from app.errors import AppError, CrashBudgetError, DataError, LockError, MachineError, Stopped
 from app.log import LOG_FILE, also_in_file
 from app.ops.crash_budget import BUDGET, Attempts, Repetition
+from app.ops.notify import STOPPING, Notifier
 from app.ops.pod import stop_this_pod
-from app.ops.refusal import finished, forget_config_refusal, leave_reason, let_stand, refusal_key, standing_refusal
-from app.ops.status import RunStatus
+from app.ops.refusal import (
+    finished,
+    forget_config_refusal,
+    leave_reason,
+    let_stand,
+    reason,
+    refusal_key,
+    standing_refusal,
+)
+from app.ops.status import RunStatus, read_status
 from app.ops.watchdog import Watchdog
 from app.workspace import RunDir, Workspace
 
@@ -100,6 +111,7 @@ class Supervision:
         env: the environment.
         stop: the wish to stop.
         pid_file: where the processes to be signalled stand while the trainer runs; None where nobody asks.
+        notifier: says that the run is refused or stops; what it comes to otherwise, the trainer says.
     """
 
     load_config: Callable[[], Config]
@@ -108,25 +120,34 @@ class Supervision:
     env: Environment
     stop: StopRequest
     pid_file: Path | None
+    notifier: Notifier
 
     def run(self) -> int:
         """Train to whatever end, say how to go on, stop the pod where that is asked for; the exit code."""
         pod, workspace = PodConfig(), Workspace(self.env.workspace)
-        run_dir = workspace.run_dir(self.env.run_name)
+        run_dir, problem = workspace.run_dir(self.env.run_name), None
         try:
             workspace.ensure()
             config = self.load_config()
-            pod, run_dir = config.pod, workspace.run_dir(config.run_name)
+            pod, run_dir, self.notifier.run = config.pod, workspace.run_dir(config.run_name), config.run_name
+            self.notifier.where = lambda: _where(run_dir)
             code = self._to_an_end(config, workspace, run_dir)
         except AppError as error:
-            code = _refused(run_dir, error)
+            code, problem = _refused(run_dir, error), str(error)
         except OSError as error:
-            code = _refused(run_dir, MachineError(f"{error.filename or workspace.root}: {error.strerror}"))
+            problem = f"{error.filename or workspace.root}: {error.strerror}"
+            code = _refused(run_dir, MachineError(problem))
         if not self.stop():
             if code != 0:
                 _mark_refused(run_dir, code)
+            if code == Stopped.exit_code:
+                # The trainer heard of it first.
+                self.notifier.stopping()
+            elif code != 0:
+                self.notifier.refused(code, problem or reason(run_dir, code) or "see the log")
             self._say_how_to_go_on(code, run_dir)
-            stop_this_pod(pod, self.env.runpod_pod_id, self.env.runpod_api_key, self.stop)
+            announce = partial(self.notifier.send, STOPPING) if code != Stopped.exit_code else _unsaid
+            stop_this_pod(pod, self.env.runpod_pod_id, self.env.runpod_api_key, self.stop, announce=announce)
         return code
 
     def _to_an_end(self, config: Config, workspace: Workspace, run_dir: RunDir) -> int:
@@ -274,6 +295,18 @@ def _mark_refused(run_dir: RunDir, code: int) -> None:
             RunStatus(run_dir).close(f"refused, exit code {code}")
         except OSError as error:
             log.error("%s cannot be written: %s", run_dir.status, error.strerror)
+
+
+def _unsaid(_text: str) -> None:
+    """Whoever was told that the process was asked to stop need not hear of the pod, which goes down already."""
+
+
+def _where(run_dir: RunDir) -> dict[str, Any]:
+    """The status; empty where there is none yet."""
+    try:
+        return read_status(run_dir)
+    except MachineError:
+        return {}
 
 
 def _end(code: int | None) -> str:

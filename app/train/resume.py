@@ -1,14 +1,22 @@
-"""Where a run goes on: the furthest verified state, or the one before it."""
+"""Where a run goes on, the furthest verified state or the one before it, and whether it may with this config."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from app.config import Config, StageConfig
+from app.config_changes import differences, refusal
 from app.errors import CheckpointError
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder, Counters, FoundCheckpoint
+from app.train.precision import choose_precision
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,12 @@ class ResumePoint:
         if self.found is None or self.stage is None or self.found[RESUME_KEY]["stage"] != self.stage.name:
             return None
         return self.found
+
+    @property
+    def run_seconds(self) -> float:
+        """Spent so far on the steps and validations behind the furthest checkpoint, of all stages."""
+        # Checkpoints of older versions do not say.
+        return 0.0 if self.found is None else float(self.found[RESUME_KEY].get("run_seconds", 0.0))
 
 
 def find_resume_point(config: Config, checkpoints: CheckpointFolder) -> ResumePoint:
@@ -55,6 +69,35 @@ def find_resume_point(config: Config, checkpoints: CheckpointFolder) -> ResumePo
             "checkpoint back, move the folder away, or start a run of another name (RUN_NAME=...)"
         )
     return ResumePoint(config.stages[0], None, "", Counters(0, 0))
+
+
+def resumed_precision(point: ResumePoint, config: Config, folder: Path, device: torch.device) -> str:
+    """The checkpoint's own precision, once its config is found to be the same run's; without one, the config's.
+
+    Raises:
+        CheckpointError: settings differ that may not change on resume.
+    """
+    if point.found is None:
+        return choose_precision(config.compute, device)
+    scientific, operational = differences(point.found["config"], config, folder / point.source)
+    if scientific:
+        raise CheckpointError(refusal(scientific))
+    reached = point.found[RESUME_KEY]["stage"]
+    _refuse_growth_of_a_parent(reached, config, [difference.key for difference in operational])
+    for difference in operational:
+        log.info("changed since the last attempt: %s", difference)
+    precision: str = point.found[RESUME_KEY]["precision"]
+    return precision
+
+
+def _refuse_growth_of_a_parent(reached: str, config: Config, changed: Sequence[str]) -> None:
+    names = [stage.name for stage in config.stages]
+    for name in names[: names.index(reached)]:
+        if f"stages.{name}.epochs" in changed:
+            raise CheckpointError(
+                f"stages.{name}.epochs: {name} is finished and {reached} is trained on its outputs, so it cannot "
+                "be prolonged. Put the old value back, or start a new run with another run_name"
+            )
 
 
 def describe(point: ResumePoint) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.config import StageConfig
 from app.train.checkpoint import CheckpointFolder, Counters, FoundCheckpoint
 from app.train.saver import Saver, SaveReport
-from app.train.state import StageState
+from app.train.state import Progress, StageState
 
 
 class SilentLog:
@@ -45,10 +46,13 @@ class SilentStatus:
         """Nothing."""
 
 
-class SilentMark:
-    """Marks no step."""
+class SilentRecord:
+    """Marks no step and tells nobody."""
 
-    def __call__(self, global_step: int) -> None:
+    def __call__(self, global_step: int, run_seconds: float) -> None:
+        """Nothing."""
+
+    def stage_ended(self, stage: StageConfig, progress: Progress, global_step: int) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -52,8 +52,8 @@ class StageRun:
     status: Status
     stop: Stop
     grace: Grace
-    mark: Callable[[int], None]
-    """Told of each completed step, counted over all stages."""
+    mark: Callable[[int, float], None]
+    """Told of each completed step, counted over all stages, and of the seconds that all of them took."""
     after_epoch: Callable[[], None]
     """Called when an epoch is complete and saved."""
     first_global_step: int
@@ -120,7 +120,8 @@ def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
         now = time.monotonic()
         seconds, tick = now - tick, now
         progress.step += 1
-        run.mark(run.first_global_step + progress.step)
+        progress.run_seconds += seconds
+        run.mark(run.first_global_step + progress.step, progress.run_seconds)
         progress.diffusion_sum += values.diffusion
         progress.physics_sum += values.physics
         progress.epoch_seconds += seconds
@@ -135,6 +136,7 @@ def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
             steps=stage.epochs * stage.steps_per_epoch,
             loss=values.diffusion + weight * values.physics,
             step_seconds=seconds,
+            run_seconds=progress.run_seconds,
         )
         _report_save(state, run, saver)
         steps_left = stage.steps_per_epoch - state.step_in_epoch
@@ -225,7 +227,10 @@ def _end_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
     config, stage, progress = state.config, state.stage, state.progress
     started = time.monotonic()
     validation = _validate(state, run)
-    progress.epoch_seconds += time.monotonic() - started
+    validation_seconds = time.monotonic() - started
+    progress.epoch_seconds += validation_seconds
+    progress.run_seconds += validation_seconds
+    run.mark(run.first_global_step + progress.step, progress.run_seconds)
     weight = physics_weight(progress.epochs, stage, config.physics)
     diffusion = progress.diffusion_sum / stage.steps_per_epoch
     physics = progress.physics_sum / stage.steps_per_epoch

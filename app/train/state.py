@@ -33,6 +33,8 @@ class Progress:
     physics_sum: float = 0.0
     epoch_seconds: float = 0.0
     """Spent on the epoch under way, in all attempts."""
+    run_seconds: float = 0.0
+    """Spent on the steps and validations behind this state, of all stages, in all attempts."""
     val_loss: float = math.inf
     """Of the last completed epoch."""
     best_val_loss: float = math.inf

@@ -158,8 +158,8 @@ def ours(config: Config, steps: int, folder: Path, tick: Tick) -> None:
     state.ema, state.optimizer = EMA(state.model), optimizer_of(state.model, config)
     run_log, mark = RunLog(TensorBoardLog(run_dir.tensorboard)), StepMark(folder / "steps", 0)
 
-    def marked(step: int) -> None:
-        mark(step)
+    def marked(step: int, run_seconds: float) -> None:
+        mark(step, run_seconds)
         tick()
 
     train_stage(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.ops.crash_budget import read_lines
+from app.ops.ledger_history import read_history
 from app.ops.step_mark import marked
 from tests.runs import RUN, assert_same_run, has_step, train
 from tests.supervised import Container, processes
@@ -75,6 +76,9 @@ def test_a_stopped_trainer_is_ended_with_its_stacks_in_the_log_and_the_run_goes_
         assert "app/train/" in report
     finish(container)
     assert [line["hang"] for line in events(run, "crash")] == [True]
+    _, second = read_history(run / "ledger.jsonl").attempts
+    assert second.previous is not None
+    assert second.previous.kind == "hung"
     assert_same_run(run, uninterrupted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ from app.data.phantom import phantom_hu
 from tests.dicom_files import write_series
 from tests.runs import RUN, train
 from tests.scans import write_scan
+from tests.webhook import SECRET_PATH, webhook
 
 SECRETS = {
     "WANDB_API_KEY": "f00dface" * 5,
     "RUNPOD_API_KEY": "rpa_PLANTEDKEY0123456789",
-    "NOTIFY_URL": "https://hooks.example.org/services/T0PLANTED/webhook",
     "DASHBOARD_PASSWORD": "planted-password-4711",
 }
 NAMES = ("Mustermann", "Erika", "Doe^Jane", "Kowalski", "Nowak", "MRN-0815", "Smith_John")
@@ -37,25 +38,24 @@ def plant(data: Path) -> None:
 
 
 def test_nothing_planted_is_found(tmp_path: Path) -> None:
-    """Logs, event files, checkpoints, cache, index, split, status, an offline W&B run and the terminal."""
+    """Logs, event files, checkpoints, cache, index, split, status, an offline W&B run, terminal and notifications."""
     data = tmp_path / "Mustermann_private"
     workspace = tmp_path / "workspace"
     plant(data)
-    code, output = train(
-        workspace,
-        "--set",
-        "data.source=ct",
-        "--set",
-        f"data.path={data}",
-        env={**SECRETS, "WANDB_MODE": "offline"},
-    )
+    with webhook() as hook:
+        settings = ("--set", "data.source=ct", "--set", f"data.path={data}")
+        code, output = train(workspace, *settings, env={**SECRETS, "WANDB_MODE": "offline", "NOTIFY_URL": hook.url})
     assert code == 0, output
+    assert hook.events[0] == "started"
     assert "3 cases of 3 patients are ready" in output
     written = [path for path in workspace.rglob("*") if path.is_file()]
     kinds = {"tfevents", ".pt", ".npy", "index", "split.json", "train.log", ".wandb", "status.json", "config.yaml"}
     assert [kind for kind in kinds if not any(kind in path.name for path in written)] == []
-    planted = [*SECRETS.values(), *NAMES]
-    found = {"terminal": [text for text in planted if text in output]}
+    planted = [*SECRETS.values(), SECRET_PATH, *NAMES]
+    told = json.dumps(hook.posts)
+    found = {
+        place: [text for text in planted if text in said] for place, said in (("terminal", output), ("hook", told))
+    }
     for path in written:
         place = f"{path.relative_to(workspace)}"
         content = path.read_bytes() + place.encode()

@@ -89,6 +89,39 @@ def test_a_value_outside_the_choices_is_an_error(environ, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.slack.com/services/T0/B1/x",
+        "http://127.0.0.1:8080",
+        "https://h.example?token=1",
+        "http://[::1]/x",
+    ],
+)
+def test_a_webhook_is_an_address_of_the_web(url):
+    """And a secret."""
+    env = Environment.read({"NOTIFY_URL": url})
+    assert env.notify_url == Secret(url)
+    assert env.secrets == (Secret(url),)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://h.example/T0P53CR3T",
+        "h.example/T0P53CR3T",
+        "https:///T0P53CR3T",
+        "https://u:T0P53CR3T@h.example/",
+        "http://h/ T0P53CR3T",
+    ],
+)
+def test_another_address_is_an_error_that_does_not_show_it(url):
+    """It may be a mistyped secret."""
+    with pytest.raises(ConfigError, match=r"^environment variable NOTIFY_URL: expected http:// or https://") as caught:
+        Environment.read({"NOTIFY_URL": url})
+    assert "T0P53CR3T" not in str(caught.value)
+
+
 def test_only_the_elastic_launcher_makes_a_process_one_of_several():
     """RunPod's clusters set WORLD_SIZE and its like for every process; TORCHELASTIC_RUN_ID is the launcher's own."""
     ranks = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"}

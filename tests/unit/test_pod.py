@@ -152,8 +152,9 @@ class Clock:
 def test_the_end_of_a_run_stops_its_pod_after_the_grace_period(account, caplog):
     """The dashboard has its half hour; and while the pod is still there, it is asked again."""
     caplog.set_level(logging.INFO)
-    clock = Clock(account, sleeps_until_down=2)
-    stop_this_pod(PodConfig(), POD, Secret(KEY), clock, account.url)
+    clock, told = Clock(account, sleeps_until_down=2), []
+    stop_this_pod(PodConfig(), POD, Secret(KEY), clock, account.url, told.append)
+    assert told == ["the run has ended and this pod is stopped in 30 minutes"]
     assert account.paths() == [ACTION, ACTION]
     assert clock.sleeps == [1800, 300, 300]
     assert "this pod is stopped in 30 minutes" in caplog.text
@@ -181,9 +182,9 @@ def test_without_a_key_the_pod_says_so(account, caplog):
 @pytest.mark.parametrize(("on_finish", "pod_id"), [("keep", POD), ("auto", None), ("stop", None)])
 def test_elsewhere_nothing_is_stopped(account, on_finish, pod_id):
     """Nor waited for."""
-    clock = Clock(account, sleeps_until_down=1)
-    stop_this_pod(PodConfig(on_finish=on_finish), pod_id, Secret(KEY), clock, account.url)
-    assert (account.requests, clock.sleeps) == ([], [])
+    clock, told = Clock(account, sleeps_until_down=1), []
+    stop_this_pod(PodConfig(on_finish=on_finish), pod_id, Secret(KEY), clock, account.url, told.append)
+    assert (account.requests, clock.sleeps, told) == ([], [], [])
 
 
 def test_watch_starts_an_exited_pod_and_counts(account, api, tmp_path):
@@ -248,7 +249,8 @@ def test_the_template_s_variables_exist_and_its_config_too():
     assert set(variables) <= {name.upper() for name in Environment.__dataclass_fields__}
     assert (ROOT / str(env.config)).is_file()
     assert env.wandb_api_key is None
-    assert len(env.warnings) == 2
+    assert env.notify_url is None
+    assert len(env.warnings) == 3
 
 
 def test_a_template_is_created_with_its_pinned_image(account, api, tmp_path):

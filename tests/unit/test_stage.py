@@ -92,7 +92,7 @@ def set_up(folder: Path, *overrides: str, stop_after: int = 10**9) -> tuple[Stag
         status=lambda **fields: None,
         stop=lambda: next(polls) >= stop_after,
         grace=NoHurry(),
-        mark=lambda step: None,
+        mark=lambda step, seconds: None,
         after_epoch=lambda: None,
         first_global_step=100,
     )

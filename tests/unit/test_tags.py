@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.tags import GLOBAL_AXIS, INTERRUPTIONS, LOST_STEPS, NO_AXIS, RESUMED, axis, is_axis, keep_before, names
+from app.tags import GLOBAL_AXIS, LOGGED_ON_RESUME, NO_AXIS, axis, is_axis, keep_before, names
 
 SEED = """train_loss_step train_diffusion_step train_physics_step train_loss train_diffusion train_physics val_loss
 val_diffusion val_physics epoch_time learning_rate"""
@@ -56,7 +56,9 @@ def test_a_resume_in_the_second_stage_keeps_what_it_will_not_log_again(tag: str,
 
 def test_what_a_resume_logs_is_logged_once_per_step() -> None:
     """A second resume at the same step replaces the first one's marker; other `ops/` points at that step stay."""
+    expected = {"ops/interruptions", "ops/lost_steps", "ops/goodput", "ops/resumed", "ops/ledger"}
+    assert set(LOGGED_ON_RESUME) == expected
     keep = keep_before(["stage_8"], "stage_8", step=7, epochs=1, global_step=7)
-    assert not any(keep(tag, 7) for tag in (INTERRUPTIONS, LOST_STEPS, RESUMED))
-    assert all(keep(tag, 6) for tag in (INTERRUPTIONS, LOST_STEPS, RESUMED))
+    assert not any(keep(tag, 7) for tag in LOGGED_ON_RESUME)
+    assert all(keep(tag, 6) for tag in LOGGED_ON_RESUME)
     assert keep("ops/checkpoint_write_s", 7)
