@@ -23,6 +23,7 @@ from app.ops.progress import ProgressPicture
 from app.ops.run_lock import RunLock
 from app.ops.status import RunStatus
 from app.ops.step_mark import StepMark, marked
+from app.ops.telemetry import Telemetry
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, INTERRUPTIONS, LOST_STEPS, RESUMED, keep_before
@@ -34,7 +35,7 @@ from app.train.precision import Precision, choose_device, choose_precision
 from app.train.protocols import Grace, Stop
 from app.train.resume import ResumePoint, describe, find_resume_point, set_newest_aside
 from app.train.samples import StageCases
-from app.train.silent import SilentCheckpoints, SilentLog, SilentMark, SilentStatus
+from app.train.silent import SilentCheckpoints, SilentLog, SilentMark, SilentStatus, SilentTelemetry
 from app.train.stage import StageRun, train_stage
 from app.train.take_over import take_over
 from app.train.volume import write_speed
@@ -169,7 +170,7 @@ class _Run:
             self._finish()
             return
         log.info("%s", describe(point))
-        run_log, self.mark = self.ranks.everyone(lambda: self._records(point))
+        run_log, self.mark, self.telemetry = self.ranks.everyone(lambda: self._records(point))
         first = point.stage
         try:
             for stage in self.ranks.first(lambda: self._pending(first, only)):
@@ -181,6 +182,7 @@ class _Run:
                 self.status.close("finished")
                 log.info("finished: --stages %s", " ".join(only))
         finally:
+            self.telemetry.close()
             self.mark.close()
             on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
             run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
@@ -198,15 +200,19 @@ class _Run:
         atomic_write(self.run_dir.config, resolved_yaml(self.config.without_paths()).encode())
         return point, precision
 
-    def _records(self, point: ResumePoint) -> tuple[RunLog | SilentLog, StepMark | SilentMark]:
-        """Where this process's curves and steps go from the resume point on."""
+    def _records(
+        self, point: ResumePoint
+    ) -> tuple[RunLog | SilentLog, StepMark | SilentMark, Telemetry | SilentTelemetry]:
+        """Where this process's curves and steps go from the resume point on, and what is read beside them."""
         if not self.ranks.is_first:
             self.pace = Pace(1.0)
-            return SilentLog(), SilentMark()
+            return SilentLog(), SilentMark(), SilentTelemetry()
         self.pace = self._measure_volume()
         self._rewind(point)
         run_log = self._open_log()
-        return run_log, self._resume_marker(point, run_log)
+        mark = self._resume_marker(point, run_log)
+        gpus = min(self.ranks.size, torch.cuda.device_count()) if self.device.type == "cuda" else 0
+        return run_log, mark, Telemetry.of_run(self.config, self.run_dir, gpus)
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
         """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
@@ -268,6 +274,7 @@ class _Run:
                 run_log=run_log,
                 draw=validation_panel,
                 status=self.status,
+                telemetry=self.telemetry,
                 stop=self.stop,
                 grace=self.grace,
                 mark=self.mark,
