@@ -24,6 +24,7 @@ from app.ops.panels import validation_panel
 from app.ops.progress import ProgressPicture
 from app.ops.run_lock import RunLock
 from app.ops.status import RunStatus
+from app.ops.telemetry import Telemetry
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, keep_before
@@ -36,7 +37,7 @@ from app.train.precision import Precision, choose_device
 from app.train.protocols import Grace, Stop
 from app.train.resume import ResumePoint, describe, find_resume_point, resumed_precision, set_newest_aside
 from app.train.samples import StageCases
-from app.train.silent import SilentCheckpoints, SilentLog, SilentRecord, SilentStatus
+from app.train.silent import SilentCheckpoints, SilentLog, SilentRecord, SilentStatus, SilentTelemetry
 from app.train.stage import StageRun, train_stage
 from app.train.take_over import take_over
 from app.train.volume import volume_error, write_speed
@@ -197,7 +198,7 @@ class _Run:
             return
         log.info("%s", describe(point))
         first, self.run_seconds = point.stage, point.run_seconds
-        run_log, self.record = self.ranks.everyone(lambda: self._records(point, first))
+        run_log, self.record, self.telemetry = self.ranks.everyone(lambda: self._records(point, first))
         try:
             for stage in self.ranks.first(lambda: self._pending(first, only)):
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
@@ -209,6 +210,7 @@ class _Run:
                 self.notifier.send(FINISHED, f"--stages {' '.join(only)}: trained")
                 log.info("finished: --stages %s", " ".join(only))
         finally:
+            self.telemetry.close()
             self.record.close()
             on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
             run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
@@ -228,18 +230,19 @@ class _Run:
 
     def _records(
         self, point: ResumePoint, stage: StageConfig
-    ) -> tuple[RunLog | SilentLog, AttemptRecord | SilentRecord]:
-        """Where this process's curves and steps go from the resume point on."""
+    ) -> tuple[RunLog | SilentLog, AttemptRecord | SilentRecord, Telemetry | SilentTelemetry]:
+        """Where this process's curves and steps go from the resume point on, and what is read beside them."""
         if self.ledger is None or not isinstance(self.status, RunStatus):
             self.pace = Pace(1.0)
-            return SilentLog(), SilentRecord()
+            return SilentLog(), SilentRecord(), SilentTelemetry()
         self.pace = self._measure_volume()
         self._rewind(point)
         run_log = self._open_log()
         record = AttemptRecord(self.run_dir, self.ledger, self.notifier, run_log, self.status)
         here = self.config.first_global_step(stage) + point.counters.step
         record.begin(point, stage, here, device_name(self.device, self.ranks.size))
-        return run_log, record
+        gpus = min(self.ranks.size, torch.cuda.device_count()) if self.device.type == "cuda" else 0
+        return run_log, record, Telemetry.of_run(self.config, self.run_dir, gpus)
 
     def _pending(self, first: StageConfig, only: Sequence[str]) -> list[StageConfig]:
         """The stages to train now: from `first` on, all of them or those in `only`, without a gap.
@@ -302,6 +305,7 @@ class _Run:
             run_log=run_log,
             draw=validation_panel,
             status=self.status,
+            telemetry=self.telemetry,
             stop=self.stop,
             grace=self.grace,
             mark=self.record,

@@ -290,6 +290,8 @@ class LoggingConfig(Section):
     """Epochs between two sets of pictures."""
     flush_s: float = operational(5.0, gt=0, le=15)
     """Points reach the event file at least this often."""
+    telemetry_every_s: float = operational(10.0, gt=0, le=600)
+    """Seconds between two readings of GPUs and machine, which a thread of their own makes."""
 
 
 class CheckpointConfig(Section):

@@ -181,6 +181,12 @@ def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | 
     return LauncherRanks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]))
 
 
+def visible_gpus(environ: Mapping[str, str] | None = None) -> str | None:
+    """CUDA_VISIBLE_DEVICES as it stands: unset is all GPUs, and empty, unlike for our own variables, is none."""
+    environ = os.environ if environ is None else environ
+    return environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def child_environment(added: Mapping[str, str]) -> dict[str, str]:
     """What a child process gets: this process's variables, the defaults of ours that are unset, and `added`."""
     defaults = {variable.name: variable.default for variable in VARIABLES if variable.default}

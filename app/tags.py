@@ -6,7 +6,7 @@ A tag stands on exactly one axis, and a step number means nothing without it:
 |--------------------------------------|------------------|---------------------------------------------------------|
 | `{stage}/..._step`                   | `{stage}/step`   | optimizer steps of the stage, the first one is 1        |
 | any other `{stage}/...`              | `{stage}/epoch`  | completed epochs of the stage, 0 before the first ends  |
-| `perf/...`, `gpu/...`, `ops/...`     | `global_step`    | optimizer steps over all stages                         |
+| `perf/`, `gpu/`, `host/`, `ops/...`  | `global_step`    | optimizer steps over all stages                         |
 | anything else (`config`, the layout) | `NO_AXIS`        | free; such a point is never taken back                  |
 
 The trainer logs by this table and `keep_before` rewinds by it.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 STEP_TAGS = ("train_loss_step", "train_diffusion_step", "train_physics_step")
 """Logged every `log_every_n_steps`: the values of that step's batch."""
@@ -59,8 +60,46 @@ CHECKPOINT_TAGS = (
 )
 """Of the newest save: seconds that training waited, seconds of the write, its speed; then the interval between two
 rolling saves and the share of the time that they cost at it; saves that failed so far."""
+STEP_TIME = "perf/step_time_s"
+SAMPLES_PER_S = "perf/samples_per_s"
+DATA_WAIT = "perf/data_wait"
+"""Share of the steps' time in which the training thread of the first process waited for samples."""
+TFLOP_PER_S = "perf/tflop_per_s"
+"""Arithmetic that the model needed, forward and backward, over all processes."""
+MFU = "perf/mfu"
+"""That as a share of the cards' dense peak; only for cards whose peak is known."""
+
+
+def newest(values: Sequence[float]) -> float:
+    """The last one."""
+    return values[-1]
+
+
+GPU_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
+    "utilization_percent": fmean,
+    "memory_gib": max,
+    "power_w": fmean,
+    "temperature_c": max,
+    "throttled": fmean,
+    "uncorrected_errors": newest,
+}
+"""`gpu/{number}/...`, and how the readings since the last point become one: a mean, the worst, or the newest."""
+HOST_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
+    "cpu_percent": fmean,
+    "ram_gib": max,
+    "trainer_ram_gib": max,
+    "shm_free_gib": min,
+    "container_cpu_cores": fmean,
+    "container_cpu_limit_cores": newest,
+    "container_ram_gib": max,
+    "container_ram_limit_gib": newest,
+    "disk_free_gib": newest,
+    "disk_needed_gib": newest,
+    "disk_full_in_h": newest,
+}
+"""`host/...`, alike."""
 LOGGED_ON_RESUME = (INTERRUPTIONS, LOST_STEPS, GOODPUT, RESUMED, LEDGER)
-GLOBAL_GROUPS = ("perf", "gpu", "ops")
+GLOBAL_GROUPS = ("perf", "gpu", "host", "ops")
 
 GLOBAL_AXIS = "global_step"
 NO_AXIS = ""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
-from app.tags import PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
+from app.tags import DATA_WAIT, MFU, PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
 
 EVERY_STAGE = r"stage_\d+"
 COMPARED = {
@@ -19,10 +19,20 @@ LEARNED = {
     "Use of the X-rays (dB)": VAL_XRAY_USE,
     "Projection error (%)": VAL_PROJECTION_ERROR,
 }
+MACHINE = {
+    "GPU utilisation (%)": [r"gpu/\d+/utilization_percent"],
+    "GPU memory (GiB)": [r"gpu/\d+/memory_gib"],
+    "GPU power (W)": [r"gpu/\d+/power_w"],
+    "GPU temperature (C)": [r"gpu/\d+/temperature_c"],
+    "Data wait and MFU (shares)": [DATA_WAIT, MFU],
+    "CPU of the machine (%)": ["host/cpu_percent"],
+    "RAM and the container's limit (GiB)": ["host/(ram|container_ram|container_ram_limit|trainer_ram)_gib"],
+    "Disk: free, and needed by the run (GiB)": ["host/disk_(free|needed)_gib"],
+}
 
 
 def layout(stages: Sequence[str]) -> bytes:
-    """The serialized layout for `stages`: stage comparison, then for each stage its halves of the loss, then schedules.
+    """The serialized layout for `stages`: stage comparison, each stage's halves of the loss, schedules, the machine.
 
     Each line of a chart is a regular expression over tags, matched from the tag's first character on.
     """
@@ -49,6 +59,9 @@ def layout(stages: Sequence[str]) -> bytes:
                         _chart("Physics weight", [f"{EVERY_STAGE}/{PHYSICS_WEIGHT}"]),
                         _chart("Epoch time (s)", [f"{EVERY_STAGE}/epoch_time"]),
                     ],
+                ),
+                Category(
+                    title="GPU and host", chart=[_chart(title, expressions) for title, expressions in MACHINE.items()]
                 ),
             ]
         ).SerializeToString()

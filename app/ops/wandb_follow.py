@@ -163,7 +163,8 @@ def _start(job: Job, ended: Ended) -> wandb.Run | None:
 
 
 def _settings(job: Job) -> wandb.Settings:
-    """Nothing about this machine leaves it: no console, code, git, packages, host, user, paths or system statistics."""
+    """Nothing about this machine leaves it: no console, code, git, packages, host, user or paths; and of its figures
+    those that are in the curves, not what wandb would measure."""
     return wandb.Settings(
         root_dir=job.root,
         init_timeout=INIT_TIMEOUT_S,

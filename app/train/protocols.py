@@ -65,6 +65,19 @@ class Draw(Protocol):
         """Render."""
 
 
+class Telemetry(Protocol):
+    """What the machine does beside the steps, read by a thread of its own."""
+
+    def waits(self, for_samples: bool) -> None:
+        """The training thread begins, or ends, to wait for samples."""
+
+    def step(self, global_step: int, seconds: float, waited_s: float) -> None:
+        """A step was completed, the `global_step`-th over all stages, and waited so long for its samples."""
+
+    def scalars(self) -> dict[str, float]:
+        """Points of the `gpu/` and `host/` curves from what was read since the last call; empty if nothing was."""
+
+
 class Status(Protocol):
     """Tells people and probes how far the run is."""
 

@@ -46,6 +46,23 @@ class SilentStatus:
         """Nothing."""
 
 
+class SilentTelemetry:
+    """Reads nothing: the first process sees all GPUs of its machine."""
+
+    def waits(self, for_samples: bool) -> None:
+        """Nothing."""
+
+    def step(self, global_step: int, seconds: float, waited_s: float) -> None:
+        """Nothing."""
+
+    def scalars(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class SilentRecord:
     """Marks no step and tells nobody."""
 

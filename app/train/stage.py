@@ -18,15 +18,17 @@ from app.model.diffusion import log_snr
 from app.tags import ALARM, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
 from app.train.augment import augment
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
+from app.train.flops import peak_tflop_per_s, training_tflop
 from app.train.loss import SampleLosses, sample_losses
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
-from app.train.protocols import Draw, Grace, RunLog, Status, Stop
+from app.train.protocols import Draw, Grace, RunLog, Status, Stop, Telemetry
 from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
 from app.train.samples import Batch, StageCases, batches
 from app.train.saver import Saver, SaveReport
 from app.train.schedule import ema_decay, learning_rate, physics_weight
 from app.train.silent import SilentSaver
+from app.train.speed import Speed, Waited
 from app.train.state import StageState
 from app.train.validation import Validation, validate
 
@@ -50,6 +52,7 @@ class StageRun:
     run_log: RunLog
     draw: Draw
     status: Status
+    telemetry: Telemetry
     stop: Stop
     grace: Grace
     mark: Callable[[int, float], None]
@@ -57,7 +60,7 @@ class StageRun:
     after_epoch: Callable[[], None]
     """Called when an epoch is complete and saved."""
     first_global_step: int
-    """Optimizer steps of all earlier stages; the `perf/` tags stand on the sum."""
+    """Optimizer steps of all earlier stages; `perf/`, `gpu/` and `host/` tags stand on the sum."""
     ranks: Ranks = ALONE
     """This process among those that train the stage together; what writes is silent but in the first."""
 
@@ -85,6 +88,7 @@ def train_stage(state: StageState, run: StageRun) -> None:
         if run.ranks.is_first
         else SilentSaver()
     )
+    speed = _speed(state, run.ranks)
     try:
         if progress.step == 0:
             _log_validation(state, run, _validate(state, run))
@@ -92,7 +96,7 @@ def train_stage(state: StageState, run: StageRun) -> None:
         elif state.step_in_epoch == 0:
             _complete_files(state, run, saver)
         while progress.epochs < stage.epochs:
-            _train_epoch(state, run, saver)
+            _train_epoch(state, run, saver, speed)
             _end_epoch(state, run, saver)
         # The first process may be stopped while it waits for the volume, and the others would wait for it.
         run.ranks.everyone(saver.drain)
@@ -108,11 +112,17 @@ def train_stage(state: StageState, run: StageRun) -> None:
         _tell_status(run, saver.report())
 
 
-def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
+def _speed(state: StageState, ranks: Ranks) -> Speed:
+    peak = peak_tflop_per_s(state.precision.device, state.precision.name)
+    tflop = state.stage.batch * training_tflop(state.model)
+    return Speed(state.stage.batch, tflop, None if peak is None else peak * ranks.size)
+
+
+def _train_epoch(state: StageState, run: StageRun, saver: Saver, speed: Speed) -> None:
     """The steps that are left of the epoch under way."""
     config, stage, progress = state.config, state.stage, state.progress
     weight = physics_weight(progress.epochs, stage, config.physics)
-    loader = _epoch_batches(state, run)
+    loader = Waited(_epoch_batches(state, run), run.telemetry.waits)
     tick = time.monotonic()
     while state.step_in_epoch < stage.steps_per_epoch:
         values = train_step(state, loader, weight, run.stop, run.ranks)
@@ -120,14 +130,18 @@ def _train_epoch(state: StageState, run: StageRun, saver: Saver) -> None:
         now = time.monotonic()
         seconds, tick = now - tick, now
         progress.step += 1
+        global_step, waited_s = run.first_global_step + progress.step, loader.take_s()
         progress.run_seconds += seconds
-        run.mark(run.first_global_step + progress.step, progress.run_seconds)
+        run.mark(global_step, progress.run_seconds)
+        speed.step(seconds, waited_s)
+        run.telemetry.step(global_step, seconds, waited_s)
         progress.diffusion_sum += values.diffusion
         progress.physics_sum += values.physics
         progress.epoch_seconds += seconds
         run.pace.step(seconds, saver.writing())
         if progress.step == 1 or progress.step % config.logging.log_every_n_steps == 0:
-            _log_step(state, run, values, weight, seconds)
+            _log_step(state, run, values, weight)
+            run.run_log.scalars({**speed.scalars(), **run.telemetry.scalars()}, global_step)
         run.status(
             stage=stage.name,
             epoch=progress.epochs,
@@ -348,7 +362,7 @@ def _raise_alarm(state: StageState, run: StageRun, validation: Validation) -> No
     run.status(alarm=alarm)
 
 
-def _log_step(state: StageState, run: StageRun, values: StepValues, weight: float, seconds: float) -> None:
+def _log_step(state: StageState, run: StageRun, values: StepValues, weight: float) -> None:
     stage, step = state.stage, state.progress.step
     run.run_log.scalars(
         {
@@ -358,9 +372,6 @@ def _log_step(state: StageState, run: StageRun, values: StepValues, weight: floa
             f"{stage.name}/gradient_norm_step": values.gradient_norm,
         },
         step,
-    )
-    run.run_log.scalars(
-        {"perf/step_time_s": seconds, "perf/samples_per_s": stage.batch / seconds}, run.first_global_step + step
     )
 
 

@@ -38,6 +38,7 @@ from app.model.diffusion import log_snr
 from app.ops.panels import validation_panel
 from app.ops.status import RunStatus
 from app.ops.step_mark import StepMark
+from app.ops.telemetry import Telemetry
 from app.ops.writers import RunLog, TensorBoardLog
 from app.physics.attenuation import hu_to_x
 from app.train.checkpoint import CheckpointFolder
@@ -156,6 +157,7 @@ def ours(config: Config, steps: int, folder: Path, tick: Tick) -> None:
     state = new_state(config, config.stages[0], CPU, Precision("fp32", CPU), "f" * 64, None)
     state.model = TinyModel(config)
     state.ema, state.optimizer = EMA(state.model), optimizer_of(state.model, config)
+    telemetry = Telemetry.of_run(config, run_dir, 0)
     run_log, mark = RunLog(TensorBoardLog(run_dir.tensorboard)), StepMark(folder / "steps", 0)
 
     def marked(step: int, run_seconds: float) -> None:
@@ -172,6 +174,7 @@ def ours(config: Config, steps: int, folder: Path, tick: Tick) -> None:
             run_log=run_log,
             draw=validation_panel,
             status=RunStatus(run_dir),
+            telemetry=telemetry,
             stop=lambda: False,
             grace=NoHurry(),
             mark=marked,
@@ -179,6 +182,7 @@ def ours(config: Config, steps: int, folder: Path, tick: Tick) -> None:
             first_global_step=0,
         ),
     )
+    telemetry.close()
     run_log.close(1.0)
 
 

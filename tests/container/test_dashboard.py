@@ -53,7 +53,7 @@ def test_nothing_but_health_without_the_password(trained: Container) -> None:
 def test_a_browser_shows_the_curves_of_the_run(trained: Container, tmp_path: Path) -> None:
     """The scalars page of what was really trained; `test_browser.py` compares drawn curves with known values."""
     with Browser(tmp_path / "profile", PASSWORD) as browser:
-        # TensorBoard opens the first two groups, which are `ops/` and `perf/`, and what is searched for.
+        # TensorBoard opens the first two groups, which are those of the machine, and what is searched for.
         assert browser.open(f"{trained.url}/#scalars&tagFilter=stage_8") == 200
         browser.wait_for(f"{CURVES}.some(curve => curve[0].startsWith('stage_8/'))")
 

@@ -146,7 +146,9 @@ def test_a_missing_and_an_added_tag_are_named():
     assert different_points("stage_8/val_loss", points, None) == "is not in the reference"
 
 
-@pytest.mark.parametrize("tag", ["ops/lost_steps", "perf/step_time_s", "gpu/power_w", "stage_8/epoch_time"])
+@pytest.mark.parametrize(
+    "tag", ["ops/lost_steps", "perf/step_time_s", "gpu/0/power_w", "host/cpu_percent", "stage_8/epoch_time"]
+)
 def test_what_the_clock_says_may_differ_but_not_stand_twice(tag):
     """Other values and other steps are no seam; a step that stands twice is one."""
     assert different_points(tag, [(3, b"a"), (7, b"b")], [(3, b"c")]) is None

@@ -7,6 +7,7 @@ import pytest
 
 from app.__main__ import parser
 from app.config_table import config_table, environment_table
+from app.tags import GPU_FIGURES, HOST_FIGURES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -30,6 +31,14 @@ def test_the_table_of_environment_variables_is_the_code_s():
     """Paste: python -c 'from app.__main__ import parser
     from app.config_table import environment_table; print(environment_table())'."""
     assert section("environment") == environment_table()
+
+
+def test_the_table_of_tags_has_every_figure_of_the_machine():
+    """In the rows of `gpu/` and `host/`, and no other figure."""
+    rows = re.findall(r"^\| (`(gpu|host)/.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for group, figures in (("gpu", GPU_FIGURES), ("host", HOST_FIGURES)):
+        named = [name for row, of in rows if of == group for name in re.findall(r"(\w+)`", row)]
+        assert sorted(named) == sorted(figures)
 
 
 def test_the_map_names_every_module():

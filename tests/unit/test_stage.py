@@ -20,6 +20,7 @@ from app.train.handover import measure_training_cases, new_state
 from app.train.pace import Pace
 from app.train.precision import Precision
 from app.train.samples import StageCases
+from app.train.silent import SilentTelemetry
 from app.train.stage import StageRun, train_stage
 from app.train.state import StageState
 from app.workspace import RunDir
@@ -90,6 +91,7 @@ def set_up(folder: Path, *overrides: str, stop_after: int = 10**9) -> tuple[Stag
         run_log=recorder,
         draw=validation_panel,
         status=lambda **fields: None,
+        telemetry=SilentTelemetry(),
         stop=lambda: next(polls) >= stop_after,
         grace=NoHurry(),
         mark=lambda step, seconds: None,

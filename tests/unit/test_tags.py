@@ -21,6 +21,7 @@ def test_names_are_those_of_the_seed() -> None:
         ("stage_64/pictures/3fa2", "stage_64/epoch"),
         ("perf/samples_per_s", GLOBAL_AXIS),
         ("gpu/0/power_w", GLOBAL_AXIS),
+        ("host/cpu_percent", GLOBAL_AXIS),
         ("ops/restarts", GLOBAL_AXIS),
         ("config", NO_AXIS),
         ("stage_x/val_loss", NO_AXIS),

@@ -76,9 +76,10 @@ def test_the_layout_comes_back_and_its_expressions_match_our_tags(tmp_path: Path
         (category,) = [category for category in parsed.category if category.title == title]
         return [tag for line in category.chart[chart].multiline.tag for tag in tags if re.match(line, tag)]
 
+    # Those of the machine are matched with what is read of one, in test_telemetry.py.
     assert all(
         any(re.match(line, tag) for tag in tags)
-        for category in parsed.category
+        for category in parsed.category[:-1]
         for chart in category.chart
         for line in chart.multiline.tag
     )
