@@ -4,7 +4,8 @@
 many: an ablation is not blamed for what else the machine does. PSNR3D in dB (range 2500 HU) of held-out phantoms;
 `gain`: less that of the given volume c; `use`: what is lost when the network alone sees another patient's X-rays;
 `error`: of the projections in %. Mean +- standard deviation over the seeds. An ablation is worse (better) beyond seed
-spread where its best (worst) seed is below (above) the baseline's worst (best) one in the PSNR of the finest stage.
+spread where it is so with every seed, beside the baseline's training from the same weights with the same draws, and the
+mean of these differences, in the PSNR of the finest stage, is more than two of their standard deviations.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], first: str, l
     """A row per ablation: the values of all seeds by column, and the verdict."""
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        own = [entry["stages"] for entry in runs if entry["ablation"] == name]
+        own = [run["stages"] for run in sorted(runs, key=lambda run: run["seed"]) if run["ablation"] == name]
         rows[name] = {column: [stages[last][column] for stages in own] for column in COLUMNS}
         rows[name][first] = [stages[first]["ours"] for stages in own if first in stages]
     for name, row in rows.items():
@@ -249,15 +250,15 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], first: str, l
 
 
 def verdict(values: Sequence[float], baseline: Sequence[float]) -> str:
-    """Whether two sets of seeds lie apart."""
-    difference = f"{statistics.fmean(values) - statistics.fmean(baseline):+.2f} dB"
-    if min(len(values), len(baseline)) < 2:
-        return f"{difference}, one seed has no spread"
-    if max(values) < min(baseline):
-        return f"{difference}, worse beyond seed spread"
-    if min(values) > max(baseline):
-        return f"{difference}, better beyond seed spread"
-    return f"{difference}, within seed spread"
+    """Of the differences to the baseline's training with the same seed, whose weights and draws were the same."""
+    differences = [value - other for value, other in zip(values, baseline, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.2f} dB, one seed has no spread"
+    deviation = statistics.stdev(differences)
+    apart = len({difference > 0 for difference in differences}) == 1 and abs(mean) > 2 * deviation
+    word = ("better" if mean > 0 else "worse") + " beyond seed spread" if apart else "within seed spread"
+    return f"{mean:+.2f} +- {deviation:.2f} dB, {word}"
 
 
 def spread(values: Sequence[float]) -> str:
