@@ -29,7 +29,7 @@ class Mark:
 class StepMark:
     """The number of optimizer steps over all stages that were completed, kept in a file of one line.
 
-    Not synced: it outlives a killed process, which is what it is for, and costs a step two microseconds.
+    Not synced: it outlives a killed process, which is what it is for, and costs a step about ten microseconds.
     """
 
     def __init__(self, path: Path, at: int, run_seconds: float = 0.0) -> None:
