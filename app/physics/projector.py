@@ -151,9 +151,13 @@ def _in_view_order(matrices: Tensor, view: str) -> Tensor:
 
 
 def _to_planes(volume: Tensor, view: str) -> Tensor:
-    """Planes (k, z, B, transverse), a strided look at `volume` (B, 1, D, H, W)."""
-    order = {"frontal": (2, 1, 0, 3), "lateral": (3, 1, 0, 2)}[view]
-    return volume.squeeze(1).permute(order)
+    """Planes (k, z, B, transverse), a strided look at `volume` (B, 1, D, H, W), its transverse axis the innermost.
+
+    For the lateral view each slice is turned first: the matrix products are several times faster along memory, and
+    turned slice by slice a volume stays in the cache.
+    """
+    volume = volume.squeeze(1)
+    return (volume.transpose(2, 3).contiguous() if view == "lateral" else volume).permute(2, 1, 0, 3)
 
 
 def _from_planes(planes: Tensor, view: str) -> Tensor:
