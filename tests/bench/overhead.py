@@ -61,11 +61,11 @@ Tick = Callable[[], None]
 
 
 class TinyModel(StageModel):
-    """One convolution on c and x_t, so that what surrounds it is most of a step."""
+    """One convolution on c and x_t, so that what surrounds it is most of a step; the network is there and idle."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, config.stages[0])
-        del self.backbone, self.encoder, self.embed, self.lifter
+        self.requires_grad_(False)
         self.layer = nn.Conv3d(2, 1, 3, padding=1)
 
     def condition(self, xrays: Tensor, views: Tensor, *_: Any, **__: Any) -> Condition:
