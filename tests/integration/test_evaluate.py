@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app.physics.attenuation import hu_to_x
+from app.train.inference import read_run
+from app.train.loss import sample_losses
+from app.workspace import RunDir
 from tests.conftest import TINY
 from tests.runs import RUN, command, load, train
 from tests.scans import write_scan
@@ -60,6 +65,27 @@ def test_baselines_are_those_of_the_prepared_files(workspace: Path, evaluation: 
             assert methods["SART-20"]["projection_error_percent"] < methods["mean volume"]["projection_error_percent"]
         # The largest error of a thorax of air is that of its bones.
         assert evaluation["stages"]["stage_32"]["mean"]["air"]["mae_bone_hu"] > 1200
+
+
+@pytest.mark.parametrize("edge", [8, 16, 32])
+def test_swapping_the_two_radiographs_raises_the_loss(workspace: Path, edge: int) -> None:
+    """Of every patient, over several noise levels, with the trained weights; a stage is given the truth before it."""
+    cascade = read_run(RunDir(workspace / RUN))
+    trained = next(each for each in cascade.stages if each.stage.resolution == edge)
+    model, window = cascade.build(trained, torch.device("cpu")), cascade.config.data.hu_window
+    split = json.loads((workspace / RUN / "split.json").read_text())
+    losses = {"right": 0.0, "swapped": 0.0}
+    for number, case in enumerate([*split["train"], *split["val"]]):
+        x_0 = hu_to_x(torch.from_numpy(prepared(workspace, case["id"], f"ct_{edge}")).float(), window)[None, None]
+        right = torch.from_numpy(prepared(workspace, case["id"], f"xray_{edge}"))[None]
+        lowres = None if model.is_first else torch.nn.functional.avg_pool3d(x_0, 2)
+        noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(number))
+        for name, xrays in (("right", right), ("swapped", right.flip(1))):
+            condition = model.condition(xrays, torch.ones(1, 2), lowres)
+            for level in (-4.0, 0.0, 2.0):
+                loss = sample_losses(model, x_0, noise, torch.tensor([level]), condition, right)
+                losses[name] += loss.diffusion.item()
+    assert losses["swapped"] > losses["right"]
 
 
 def test_gains_are_differences_of_what_is_printed(evaluation: dict[str, Any]) -> None:

@@ -40,10 +40,10 @@ def predict(model: StageModel, values: dict[str, torch.Tensor], views: torch.Ten
     return model(values["x_t"], torch.zeros(len(values["x_t"])), condition)
 
 
-@pytest.fixture
-def awake() -> StageModel:
-    """A second stage whose zero layers were filled, as if it had been trained."""
-    model = small_model(1)
+@pytest.fixture(params=[1, 2])
+def awake(request: pytest.FixtureRequest) -> StageModel:
+    """A later stage whose zero layers were filled, as if it had been trained."""
+    model = small_model(request.param)
     for parameter in model.parameters():
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.1)
