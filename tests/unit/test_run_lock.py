@@ -69,13 +69,13 @@ def test_a_killed_holders_lock_is_taken_at_once(path: Path, hold: Callable[..., 
 def test_a_worker_that_outlives_its_killed_trainer_does_not_keep_the_lock(
     path: Path, hold: Callable[..., Holder]
 ) -> None:
-    """A forked child lets go of the descriptor that it shares."""
+    """A forked child lets go of the descriptor that it shares, as soon as it runs."""
     first = hold()
     assert first.line() == "held"
     child = int(first.ask("fork"))
     first.kill()
     try:
-        assert seconds_waited(path) == 0
+        assert seconds_waited(path) < 1
         os.kill(child, 0)
     finally:
         os.kill(child, SIGKILL)
