@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,11 +59,10 @@ def step_draws(batch: int, config: DiffusionConfig, *parts: int | str) -> StepDr
 
     t_i = (u + i/B) mod 1 with one u per step (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
     """
-    drawn = torch.rand(1 + 3 * batch, generator=generator(torch.device("cpu"), *parts, "draws")).numpy()
-    # numpy: on so few numbers an operation of torch costs a step several times as much.
-    offset, (view, level, real) = drawn[0], drawn[1:].reshape(3, batch)
-    t = (offset + np.arange(batch, dtype=np.float32) / np.float32(batch)) % np.float32(1)
-    hide = np.float32(config.view_dropout)
-    views = np.stack([view >= hide, (view < hide) | (view >= 2 * hide)], axis=1).astype(np.float32)
-    shares = (real < np.float32(config.lowres_real_share)).astype(np.float32)
-    return StepDraws(*map(torch.from_numpy, (t, views, level * np.float32(config.lowres_noise_max), shares)))
+    source = generator(torch.device("cpu"), *parts, "draws")
+    offset = torch.rand((), generator=source)
+    uniform = torch.rand((3, batch), generator=source)
+    t = (offset + torch.arange(batch) / batch) % 1.0
+    hide = config.view_dropout
+    views = torch.stack([uniform[0] >= hide, (uniform[0] < hide) | (uniform[0] >= 2 * hide)], dim=1).float()
+    return StepDraws(t, views, uniform[1] * config.lowres_noise_max, (uniform[2] < config.lowres_real_share).float())
