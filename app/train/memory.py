@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from app.config import Config, StageConfig
 from app.train.handover import new_state
 from app.train.loss import sample_losses
-from app.train.precision import DTYPES, Precision
+from app.train.precision import Precision
 from app.train.state import StageState
 
 CPU = torch.device("cpu")
@@ -62,15 +62,14 @@ def step_memory(config: Config, stage: StageConfig, precision: str, micro_batch:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _Shapes(), live:
         # `copy.deepcopy`, by which EMA starts, asks every tensor for its address.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        state = new_state(config, stage, CPU, Precision("fp32", CPU), "", None)
+        state = new_state(config, stage, CPU, Precision(precision, CPU), "", None)
         weights = live.now
         state.model.train()
-        with torch.autocast("cpu", DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
-            # The second step is the first one with the optimizer's moments in place.
-            for _ in range(2):
-                live.peak = 0
-                _step(state, config, count)
-        moments = _storages(tree_leaves(dict(state.optimizer.state)))
+        # The second step is the first one with the optimizer's moments in place.
+        for _ in range(2):
+            live.peak = 0
+            _step(state, config, count)
+        moments = sum(leaf.nbytes for leaf in tree_leaves(dict(state.optimizer.state)) if isinstance(leaf, Tensor))
     return StepMemory(weights, moments, live.peak)
 
 
@@ -85,8 +84,9 @@ def _step(state: StageState, config: Config, count: int) -> None:
         lowres, lowres_noise = (torch.zeros(count, 1, *[before[-1].resolution] * 3) for _ in range(2))
         level = torch.zeros(count)
     noise, snr = torch.zeros_like(x_0), torch.zeros(count)
-    condition = model.condition(xrays, views, lowres, level, lowres_noise)
-    losses = sample_losses(model, x_0, noise, snr, condition, xrays)
+    with state.precision.autocast():
+        condition = model.condition(xrays, views, lowres, level, lowres_noise)
+        losses = sample_losses(model, x_0, noise, snr, condition, xrays)
     (losses.diffusion.mean() + losses.physics.mean()).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
     state.optimizer.step()
@@ -128,19 +128,13 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= self._alive.pop(reference)
 
 
-def _storages(values: Iterable[Any]) -> int:
-    """Bytes of tensors, those that share memory counted once."""
-    storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
-    return sum(storage.nbytes() for storage in {id(storage): storage for storage in storages}.values())
-
-
 def micro_batches(stage: StageConfig) -> list[int]:
     """The stage's micro-batch and the smaller ones that divide its batch, largest first."""
     most = stage.micro_batch or stage.batch
     return [count for count in range(most, 0, -1) if stage.batch % count == 0]
 
 
-def memory_table(config: Config, stage: StageConfig, precision: str, card_bytes: int | None = None) -> str:
+def memory_table(config: Config, stage: StageConfig, precision: str, card_bytes: int) -> str:
     """GiB of a step for each micro-batch, with and without checkpointed activations, against the card's memory."""
     lines = [f"{'micro_batch':>13}{'plain':>10}{'checkpointed':>14}"]
     for count in micro_batches(stage):
@@ -150,8 +144,7 @@ def memory_table(config: Config, stage: StageConfig, precision: str, card_bytes:
             changed = stage.model_copy(update={"backbone": backbone})
             stages = tuple(changed if other == stage else other for other in config.stages)
             peak = step_memory(config.model_copy(update={"stages": stages}), changed, precision, count).peak
-            fits = card_bytes is None or peak + CONTEXT_BYTES <= card_bytes
-            cells.append(f"{peak / 2**30:.1f}{'' if fits else ' !'}")
+            cells.append(f"{peak / 2**30:.1f}{'' if peak + CONTEXT_BYTES <= card_bytes else ' !'}")
         lines.append(f"{count:>13}{cells[0]:>10}{cells[1]:>14}")
     return "\n".join(lines)
 

@@ -39,10 +39,10 @@ from tests.bench.experiment import (
     line,
     nothing,
     prepared,
-    save,
     summary,
     with_steps,
 )
+from tests.bench.measure import save
 
 FOLDER = Path("configs/ablations")
 BASELINE = "baseline"
@@ -161,8 +161,6 @@ def main() -> None:
         else:
             steps = affordable_steps(baseline, patients, train, arguments.seconds)
         record: dict[str, Any] = {
-            "command": ["scripts/bench", "ablations", *sys.argv[1:]],
-            "torch": torch.__version__,
             "steps": steps,
             "train": len(train),
             "held_out": arguments.held_out,

@@ -28,19 +28,9 @@ from app.train.pace import Pace
 from app.train.saver import Saver
 from app.workspace import RunDir, atomic_file
 from tests.bench.measure import Times, in_turn, machine, parser, save, table
+from tests.no_hurry import NoHurry
 
 TENSORS = 120
-
-
-class NoHurry:
-    """Nobody asks when the process leaves."""
-
-    def seconds_left(self) -> float:
-        """For ever."""
-        return math.inf
-
-    def at_the_last_moment(self, work: Any) -> None:
-        """Nobody does."""
 
 
 class Ours:

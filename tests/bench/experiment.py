@@ -7,7 +7,6 @@ out.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -40,7 +39,7 @@ from app.train.samples import Batch, LowresFolder, StageCases, batches
 from app.train.schedule import physics_weight
 from app.train.stage import train_step
 from app.train.state import StageState
-from app.workspace import Workspace, atomic_write
+from app.workspace import Workspace
 
 EPOCHS = 10
 WARM_UP_STEPS, TIMED_STEPS = 3, 8
@@ -237,9 +236,3 @@ def summary(figures: StageFigures) -> dict[str, float]:
 def line(first: str, *cells: str, label: int = 20, width: int = 10) -> str:
     """A line of a table."""
     return f"{first:{label}}" + "".join(f"{cell:>{width}}" for cell in cells)
-
-
-def save(record: Mapping[str, Any], path: Path) -> None:
-    """What is known so far, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(record, indent=1).encode())

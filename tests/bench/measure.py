@@ -67,25 +67,30 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def reset_peak() -> None:
+    """Begin to look for a new peak: of the resident set (proc(5), clear_refs), or of the GPU's allocator."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def growth_bytes(work: Way) -> int:
     """By how many bytes the memory of this process grew at most in a call of `work`: resident set, or the GPU's.
 
     The call before it has warmed up caches and pools of the libraries; what the allocator kept of it is given back.
-    Resident memory on Linux: proc(5), clear_refs; malloc_trim(3).
+    Resident memory on Linux, malloc_trim(3).
     """
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak()
+    before = torch.cuda.memory_allocated() if on_gpu else resident_bytes("VmRSS")
     work()
-    return resident_bytes("VmHWM") - before
+    synchronize()
+    return (torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM")) - before
 
 
 def resident_bytes(name: str) -> int:
@@ -96,12 +101,13 @@ def resident_bytes(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def parser(name: str, description: str | None, repeats: int) -> argparse.ArgumentParser:
-    """A command line with `--repeats` and `--json`."""
+def parser(name: str, description: str | None, repeats: int | None) -> argparse.ArgumentParser:
+    """A command line with `--json`, and with `--repeats` unless that is None."""
     made = argparse.ArgumentParser(
         prog=f"scripts/bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--repeats", type=int, default=repeats, help=f"measurements that count ({repeats})")
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, default=repeats, help=f"measurements that count ({repeats})")
     default = Path(f"workspace/bench/{name}.json")
     made.add_argument("--json", type=Path, default=default, metavar="FILE", help=f"the figures again ({default})")
     return made
@@ -130,7 +136,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def save(record: Mapping[str, Any], path: Path) -> None:
     """The figures, the command and the machine, as JSON."""
-    header = {"command": ["scripts/bench", *sys.argv[1:]], "machine": machine()}
+    header = {"command": ["scripts/bench", Path(sys.argv[0]).stem, *sys.argv[1:]], "machine": machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps({**header, **record}, indent=1, default=_plain).encode())
 

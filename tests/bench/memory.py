@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from app.env import Environment
 from app.train.memory import step_memory
 from app.train.precision import choose_device, choose_precision
 from app.train.stage import train_step
-from tests.bench.measure import machine, parser, resident_bytes, save, table
+from tests.bench.measure import machine, parser, reset_peak, resident_bytes, save, table
 from tests.bench.steps import training
 
 GIB = 2**30
@@ -30,7 +29,7 @@ GIB = 2**30
 
 def main() -> None:
     """Prints a table, writes JSON."""
-    made = parser("memory", __doc__, 1)
+    made = parser("memory", __doc__, None)
     made.add_argument("--config", default="configs/runpod.yaml", metavar="FILE")
     made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     made.add_argument("--stages", nargs="+", default=[], metavar="STAGE")
@@ -131,10 +130,7 @@ def measured(config: Config, name: str) -> dict[str, int]:
     config = config.model_copy(update={"stages": stages})
     state, batches = training(config, stage, device, precision)
     for _ in range(2):
-        if device.type == "cpu":
-            Path("/proc/self/clear_refs").write_text("5")
-        else:
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         train_step(state, batches, config.physics.weight, lambda: False)
     if device.type == "cpu":
         return {"peak": resident_bytes("VmHWM") - before}

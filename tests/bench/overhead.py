@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,7 @@ from app.train.samples import StageCases
 from app.train.stage import StageRun, train_stage
 from app.workspace import RunDir
 from tests.bench.measure import Times, machine, parser, save, table
+from tests.no_hurry import NoHurry
 
 CONFIG = Path("tests/tiny.yaml")
 CPU = torch.device("cpu")
@@ -90,17 +90,6 @@ class Memory:
     def load(self, _case_id: str, _edge: int) -> LoadedCase:
         """The same for all."""
         return self.case
-
-
-class NoHurry:
-    """Nobody asks when the process leaves."""
-
-    def seconds_left(self) -> float:
-        """For ever."""
-        return math.inf
-
-    def at_the_last_moment(self, work: Any) -> None:
-        """Nobody does."""
 
 
 def cases() -> StageCases:

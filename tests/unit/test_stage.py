@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from app.train.stage import StageRun, train_stage
 from app.train.state import StageState
 from app.workspace import RunDir
 from tests.conftest import tiny_config
+from tests.no_hurry import NoHurry
 
 CPU = torch.device("cpu")
 
@@ -63,16 +63,6 @@ class Recorder:
 
     def steps(self, tag: str) -> list[int]:
         return [step for name, step, _ in self.points if name == tag]
-
-
-class NoHurry:
-    """Nobody asks when the process leaves."""
-
-    def seconds_left(self) -> float:
-        return math.inf
-
-    def at_the_last_moment(self, work: Any) -> None:
-        """Nobody does."""
 
 
 def set_up(folder: Path, *overrides: str, stop_after: int = 10**9) -> tuple[StageState, StageRun, Recorder]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,8 +27,9 @@ from app.data.sources import find_sources
 from app.env import Environment
 from app.train.figures import StageFigures
 from app.train.state import StageState
-from tests.bench.experiment import EPOCHS, Experiment, Patients, affordable_steps, prepared, save, summary, with_steps
+from tests.bench.experiment import EPOCHS, Experiment, Patients, affordable_steps, prepared, summary, with_steps
 from tests.bench.experiment import line as wide_line
+from tests.bench.measure import save
 
 COLUMNS = ("air", "mean", "sart", "c", "zero", "ours", "gain", "use", "error")
 HEADINGS = ("air", "mean", "SART-20", "c", "zero", "ours", "gain", "use", "error %")
@@ -132,7 +132,7 @@ def overfit(
     """Train on every case and sample the same ones."""
     config = config.model_copy(update={"augmentation": AugmentationConfig()})
     config = budgeted(arguments, config, patients, patients.cases)
-    record = header(arguments, config) | {"trace": []}
+    record = {"config": config.without_paths().model_dump(mode="json"), "trace": []}
     print(f"{len(patients.cases)} CTs, without augmentation; {described(config)}")
     print(line("", "steps", "minutes", *HEADINGS), flush=True)
     trace = Trace(record, arguments.json)
@@ -169,7 +169,7 @@ def leave_one_out(
         synthetic, _ = prepared(full.model_copy(update={"data": data}), workspace / "phantoms")
         phantoms, everyone = synthetic.cases, patients + synthetic
     config = budgeted(arguments, config, everyone, everyone.cases)
-    record = header(arguments, config) | {"folds": {}}
+    record = {"config": config.without_paths().model_dump(mode="json"), "folds": {}}
     print(f"{len(patients.cases)} CTs, {len(phantoms)} phantoms; {described(config)}")
     ordered = sorted(patients.cases, key=lambda case: names[case.id])
     for held_out in ordered:
@@ -227,15 +227,6 @@ def per_case(figures: StageFigures, names: Mapping[str, str]) -> dict[str, Row]:
         alone.cases[case_id] = figures.cases[case_id]
         found[name] = summary(alone)
     return found
-
-
-def header(arguments: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """What made the figures."""
-    return {
-        "command": ["scripts/bench", "real", *sys.argv[1:]],
-        "torch": torch.__version__,
-        "config": config.without_paths().model_dump(mode="json"),
-    }
 
 
 def described(config: Config) -> str:
