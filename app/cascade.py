@@ -30,11 +30,12 @@ from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, keep_before
 from app.train.checkpoint import CheckpointFolder
 from app.train.handover import Parents, measure_training_cases, new_state
-from app.train.memory import memory_of, out_of_memory
+from app.train.micro_batch import MicroBatches, refused_when_full
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
 from app.train.precision import Precision, choose_device
 from app.train.protocols import Grace, Stop
+from app.train.rehearsal import Rehearsal
 from app.train.resume import ResumePoint, describe, find_resume_point, resumed_precision, set_newest_aside
 from app.train.samples import StageCases
 from app.train.silent import SilentCheckpoints, SilentLog, SilentRecord, SilentStatus, SilentTelemetry
@@ -198,9 +199,11 @@ class _Run:
             return
         log.info("%s", describe(point))
         first, self.run_seconds = point.stage, point.run_seconds
+        pending = self.ranks.first(lambda: self._pending(first, only))
+        self._rehearse(pending, precision)
         run_log, self.record, self.telemetry = self.ranks.everyone(lambda: self._records(point, first))
         try:
-            for stage in self.ranks.first(lambda: self._pending(first, only)):
+            for stage in pending:
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
             if not only or self.config.stages[-1].name in only:
                 self._finish(news=True)
@@ -214,6 +217,29 @@ class _Run:
             self.record.close()
             on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
             run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
+
+    def _rehearse(self, stages: Sequence[StageConfig], precision: Precision) -> None:
+        self.micro_batches = MicroBatches(
+            self.config,
+            self.run_dir.micro_batches,
+            self.device,
+            precision.name,
+            self.ranks,
+            lambda text: self.status(memory=text),
+        )
+        self.status(state="rehearsing")
+        Rehearsal(
+            self.config,
+            self.store,
+            self.cases["train"],
+            self.cases["val"],
+            self.device,
+            precision,
+            self.run_dir,
+            self.micro_batches,
+            self.stop,
+            self.ranks,
+        ).run(stages)
 
     def _begin(self) -> tuple[ResumePoint, str]:
         """Where the run goes on, and the name of its precision; what the first process does to find out."""
@@ -311,13 +337,11 @@ class _Run:
             mark=self.record,
             after_epoch=self._after_epoch,
             first_global_step=self.config.first_global_step(stage),
+            micro_batches=self.micro_batches,
             ranks=self.ranks,
         )
-        try:
+        with refused_when_full(self.config, stage, precision.name, self.device):
             train_stage(state, run)
-        except torch.OutOfMemoryError as error:
-            message = out_of_memory(self.config, stage, precision.name, memory_of(self.device))
-            raise MachineError(message) from error
         self.run_seconds = state.progress.run_seconds
         self.record.stage_ended(stage, state.progress, run.first_global_step + state.progress.step)
 

@@ -320,6 +320,9 @@ class ComputeConfig(Section):
     """CPU threads of the arithmetic; part of the result, bit for bit."""
     workers: int = operational(0, ge=0, le=64)
     """Processes that load cases; they only load, so their number does not change the result."""
+    rehearse: Literal["auto", "always", "never"] = operational("auto")
+    """Take each stage through a step, a validation and a checkpoint at full size before the first step; `auto` does so
+    on a GPU, once for each kind of card."""
     hang_after_s: float = operational(900.0, gt=0)
     """Seconds without a sign of life after which the supervisor ends the trainer and starts it again; longer than the
     longest single operation, such as the start, a micro-batch or the write of a checkpoint."""

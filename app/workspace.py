@@ -117,6 +117,21 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def micro_batches(self) -> Path:
+        """How many samples of a forward pass fit into the device, where the config's did not."""
+        return self.path / "micro_batches.json"
+
+    @property
+    def rehearsed(self) -> Path:
+        """Which stages were rehearsed, on what."""
+        return self.path / "rehearsed.json"
+
+    @property
+    def rehearsal(self) -> Path:
+        """Takes checkpoints that are written, read back and deleted before the first step."""
+        return self.path / "rehearsal"
+
+    @property
     def step_mark(self) -> Path:
         """How many optimizer steps were completed, saved or not."""
         return self.path / "steps"

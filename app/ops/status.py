@@ -129,6 +129,8 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
         lines.append(("stage ends in", duration(fields["stage_eta_s"])))
     if "checkpoint" in fields:
         lines.append(("checkpoint", f"{fields['checkpoint_file']} at step {fields['checkpoint']}"))
+    if fields.get("memory"):
+        lines.append(("memory", fields["memory"]))
     if fields.get("alarm"):
         lines.append(("ALARM", fields["alarm"]))
     if run_dir.reason.exists():

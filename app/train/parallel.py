@@ -4,7 +4,7 @@ Every process holds the whole model and takes its share of the samples of each o
 depend on its process, so a run may change their number from one attempt to the next. The first process alone writes;
 the others get `app.train.silent`.
 
-Shapes: B batch of an optimizer step, P elements of all parameters, T loss terms.
+Shapes: B batch of an optimizer step, P elements of all parameters, T loss terms, F flags.
 """
 
 from __future__ import annotations
@@ -94,50 +94,56 @@ class Ranks:
         share = batch // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def micro_batch(self, stage: StageConfig) -> int:
-        """Samples per forward pass here: the largest divisor of this process's share that the config allows."""
+    def micro_batch(self, stage: StageConfig, fits: int | None = None) -> int:
+        """Samples per forward pass here: the largest divisor of this process's share that config and memory allow."""
         share = stage.batch // self.size
-        most = min(share, stage.micro_batch or share)
+        most = min(share, stage.micro_batch or share, fits or share)
         return max(size for size in range(1, most + 1) if share % size == 0)
 
-    def micro_batches(self, order: Sequence[int], stage: StageConfig) -> list[Sequence[int]]:
-        """This process's part of whole steps, a forward pass per entry; `order`: what each sample of them shows."""
-        size, mine = self.micro_batch(stage), self.samples(stage.batch)
+    def micro_batches(self, order: Sequence[int], stage: StageConfig, size: int) -> list[Sequence[int]]:
+        """This process's part of whole steps, a forward pass of `size` samples per entry.
+
+        Args:
+            order: what each sample of the steps shows.
+            stage: says how many are a step.
+            size: see `micro_batch`.
+        """
+        mine = self.samples(stage.batch)
         return [
             order[start : start + size]
             for step in range(0, len(order), stage.batch)
             for start in range(step + mine.start, step + mine.stop, size)
         ]
 
-    def reduce_step(self, model: nn.Module, terms: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """Gradients and loss terms (T,) become their means over the processes; True if any of them was asked to stop.
+    def reduce_step(self, model: nn.Module, terms: Tensor, *flags: bool) -> tuple[Tensor, list[bool]]:
+        """Gradients and loss terms (T,) become their means over the processes; each flag is whether any process has it.
 
         All in one sum, so that no process leaves while another waits for its gradients. Shares are equal, hence the
         mean of the processes' means is the mean of the batch.
         """
         if self.size == 1:
-            return terms, stop
+            return terms, list(flags)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         sizes = [parameter.numel() for parameter in parameters]
-        flat = self._buffer(sum(sizes) + len(terms) + 1, terms.device)
-        *parts, end = torch.split(flat, [*sizes, len(terms) + 1])
+        flat = self._buffer(sum(sizes) + len(terms) + len(flags), terms.device)
+        *parts, end = torch.split(flat, [*sizes, len(terms) + len(flags)])
         for parameter, part in zip(parameters, parts, strict=True):
             # None is a parameter that no sample of this process reached, or a step that was broken off. It counts as
             # zero, and every process gets a gradient: an optimizer that skipped it in one process would take the
             # weights apart. By itself a process keeps its None, and AdamW skips the parameter.
             gradient = parameter.grad
             part.zero_() if gradient is None else part.view_as(parameter).copy_(gradient)
-        end[:-1] = terms
-        end[-1] = float(stop)
+        end[: len(terms)] = terms
+        end[len(terms) :] = torch.tensor(flags, device=end.device)
         with _together():
             dist.all_reduce(flat)
         flat /= self.size
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        return end[:-1].clone(), end[-1].item() > 0
+        return end[: len(terms)].clone(), [value > 0 for value in end[len(terms) :].tolist()]
 
     def _buffer(self, count: int, device: torch.device) -> Tensor:
-        """(P + T + 1,), fp32."""
+        """(P + T + F,), fp32."""
         if not self._buffers or self._buffers[0].numel() != count or self._buffers[0].device != device:
             self._buffers[:] = [torch.empty(count, device=device)]
         return self._buffers[0]

@@ -11,25 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from app.errors import NumericsError, Stopped
-from app.model.diffusion import log_snr
 from app.tags import ALARM, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
-from app.train.augment import augment
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.flops import peak_tflop_per_s, training_tflop
-from app.train.loss import SampleLosses, sample_losses
+from app.train.micro_batch import MicroBatches, MicroBatchTooLarge
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
 from app.train.protocols import Draw, Grace, RunLog, Status, Stop, Telemetry
-from app.train.randomness import StepDraws, epoch_order, step_draws, volume_noise
+from app.train.randomness import epoch_order
 from app.train.samples import Batch, StageCases, batches
 from app.train.saver import Saver, SaveReport
-from app.train.schedule import ema_decay, learning_rate, physics_weight
+from app.train.schedule import learning_rate, physics_weight
 from app.train.silent import SilentSaver
 from app.train.speed import Speed, Waited
 from app.train.state import StageState
+from app.train.step import StepValues, train_step
 from app.train.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -61,17 +58,10 @@ class StageRun:
     """Called when an epoch is complete and saved."""
     first_global_step: int
     """Optimizer steps of all earlier stages; `perf/`, `gpu/` and `host/` tags stand on the sum."""
+    micro_batches: MicroBatches
+    """How many samples fit into a forward pass."""
     ranks: Ranks = ALONE
     """This process among those that train the stage together; what writes is silent but in the first."""
-
-
-@dataclass(frozen=True)
-class StepValues:
-    """One completed optimizer step, for the curves."""
-
-    diffusion: float
-    physics: float
-    gradient_norm: float
 
 
 def train_stage(state: StageState, run: StageRun) -> None:
@@ -96,7 +86,11 @@ def train_stage(state: StageState, run: StageRun) -> None:
         elif state.step_in_epoch == 0:
             _complete_files(state, run, saver)
         while progress.epochs < stage.epochs:
-            _train_epoch(state, run, saver, speed)
+            try:
+                _train_epoch(state, run, saver, speed)
+            except MicroBatchTooLarge:
+                run.micro_batches.halve(stage)
+                continue
             _end_epoch(state, run, saver)
         # The first process may be stopped while it waits for the volume, and the others would wait for it.
         run.ranks.everyone(saver.drain)
@@ -158,80 +152,13 @@ def _train_epoch(state: StageState, run: StageRun, saver: Saver, speed: Speed) -
             tick = time.monotonic()
 
 
-def train_step(
-    state: StageState, loader: Iterator[Batch], weight: float, stop: Stop, ranks: Ranks = ALONE
-) -> StepValues:
-    """One optimizer update from `batch` samples, in micro-batches; the weights move in the last lines or not at all.
-
-    Raises:
-        Stopped: asked to stop between two micro-batches, in this process or in another one of the run.
-        NumericsError: the loss or the gradient is not finite.
-    """
-    config, stage, step = state.config, state.stage, state.progress.step + 1
-    draws = step_draws(stage.batch, config.diffusion, config.seed, stage.name, step)
-    mine = ranks.samples(stage.batch)
-    micro_batches = [next(loader) for _ in range(len(mine) // ranks.micro_batch(stage))]
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(step, stage, config.optimizer)
-
-    while True:
-        state.optimizer.zero_grad(set_to_none=True)
-        terms, stopped = torch.zeros(len(micro_batches), 2, device=state.model.mean.device), False
-        for index, batch in enumerate(micro_batches):
-            if stopped := stop():
-                break
-            losses = _losses(state, batch, draws, mine.start + index * len(batch.x_0), step)
-            diffusion, physics = losses.diffusion.mean(), losses.physics.mean()
-            state.precision.backward((diffusion + weight * physics) / len(micro_batches))
-            terms[index] = torch.stack([diffusion.detach(), physics.detach()])
-        # Nobody leaves before the others know: they would wait for the gradients of a process that is gone.
-        mean, stopped = ranks.reduce_step(state.model, terms.mean(0), stopped)
-        if stopped:
-            raise Stopped("stopped in training")
-        state.precision.unscale(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.gradient_clip)
-        values = StepValues(*torch.stack([mean[0], mean[1], norm]).tolist())
-        if not math.isfinite(values.diffusion + values.physics):
-            raise NumericsError(_not_finite(state, step, values))
-        if not state.precision.overflowed(values.gradient_norm):
-            break
-    if not math.isfinite(values.gradient_norm):
-        raise NumericsError(_not_finite(state, step, values))
-
-    state.precision.step(state.optimizer)
-    state.ema.update(state.model, ema_decay(step, stage.ema_decay))
-    return values
-
-
-def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step: int) -> SampleLosses:
-    """Losses of one micro-batch, whose first sample is number `start` of the whole batch."""
-    config, stage, model = state.config, state.stage, state.model
-    device, count = batch.x_0.device, len(batch.x_0)
-    mine = slice(start, start + count)
-    names = [(config.seed, stage.name, step, index) for index in range(start, start + count)]
-    batch, xrays = augment(batch, model, config, names)
-    noise = torch.stack([volume_noise(batch.x_0.shape[1:], device, *name, "noise") for name in names])
-    views = draws.views[mine].to(device)
-    lowres = noise_level = lowres_noise = None
-    truth = batch.lowres_truth()
-    if truth is not None and batch.lowres is not None:
-        real = draws.real_lowres[mine].to(device)[:, None, None, None, None]
-        lowres = torch.where(real > 0, batch.lowres, truth)
-        noise_level = draws.noise_level[mine].to(device)
-        lowres_noise = torch.stack([volume_noise(truth.shape[1:], device, *name, "lowres") for name in names])
-    snr = log_snr(draws.t[mine].to(device), stage.resolution, config.diffusion)
-    with state.precision.autocast():
-        condition = model.condition(xrays, views, lowres, noise_level, lowres_noise)
-        return sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
-
-
 def _epoch_batches(state: StageState, run: StageRun) -> Iterator[Batch]:
     """This process's micro-batches of the epoch under way, from the next step on."""
     config, stage = state.config, state.stage
     samples = stage.steps_per_epoch * stage.batch
     order = epoch_order(len(run.train), samples, config.seed, stage.name, state.progress.epochs)
     order = order[state.step_in_epoch * stage.batch :]
-    chunks = run.ranks.micro_batches(order, stage)
+    chunks = run.ranks.micro_batches(order, stage, run.micro_batches.size(stage))
     device = state.model.mean.device
     return batches(run.train, chunks, device, config.data.hu_window, config.compute.workers)
 
@@ -386,11 +313,3 @@ def _report_save(state: StageState, run: StageRun, saver: Saver) -> None:
 def _tell_status(run: StageRun, report: SaveReport | None) -> None:
     if report is not None:
         run.status(checkpoint=report.step, checkpoint_file=report.file)
-
-
-def _not_finite(state: StageState, step: int, values: StepValues) -> str:
-    return (
-        f"{state.stage.name} step {step} is not finite: diffusion loss {values.diffusion}, physics {values.physics}, "
-        f"gradient norm {values.gradient_norm}. No weight has moved; the checkpoints hold the state before this step. "
-        "Lower the stage's learning_rate or use compute.precision fp32 in a new run"
-    )

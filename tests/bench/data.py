@@ -28,7 +28,7 @@ from app.train.parallel import ALONE
 from app.train.precision import Precision, choose_device, choose_precision
 from app.train.randomness import epoch_order
 from app.train.samples import Batch, LowresFolder, StageCases, batches
-from app.train.stage import train_step
+from app.train.step import train_step
 from app.workspace import Workspace
 from tests.bench.experiment import prepared
 from tests.bench.measure import in_turn, machine, parser, save, table
@@ -110,7 +110,11 @@ def waiting(config: Config, stage: StageConfig, cases: StageCases, workers: int,
     state = new_state(config, stage, device, precision, "", None)
     warm_up = 3
     order = epoch_order(len(cases), (steps + warm_up) * stage.batch, 0, stage.name, 0)
-    loader = Timed(batches(cases, ALONE.micro_batches(order, stage), device, config.data.hu_window, workers))
+    loader = Timed(
+        batches(
+            cases, ALONE.micro_batches(order, stage, ALONE.micro_batch(stage)), device, config.data.hu_window, workers
+        )
+    )
     start = time.perf_counter()
     for number in range(steps + warm_up):
         if number == warm_up:

@@ -37,8 +37,8 @@ from app.train.randomness import epoch_order
 from app.train.reconstruct import hand_over
 from app.train.samples import Batch, LowresFolder, StageCases, batches
 from app.train.schedule import physics_weight
-from app.train.stage import train_step
 from app.train.state import StageState
+from app.train.step import train_step
 from app.workspace import Workspace
 
 EPOCHS = 10
@@ -209,7 +209,12 @@ def _epoch(state: StageState, train: StageCases, epoch: int) -> Iterator[Batch]:
     config, stage = state.config, state.stage
     samples = stage.steps_per_epoch * stage.batch
     order = epoch_order(len(train), samples, config.seed, stage.name, epoch)
-    return batches(train, ALONE.micro_batches(order, stage), state.model.mean.device, config.data.hu_window)
+    return batches(
+        train,
+        ALONE.micro_batches(order, stage, ALONE.micro_batch(stage)),
+        state.model.mean.device,
+        config.data.hu_window,
+    )
 
 
 def summary(figures: StageFigures) -> dict[str, float]:

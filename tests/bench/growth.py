@@ -31,7 +31,7 @@ from app.ops.writers import TensorBoardLog
 from app.tags import keep_before
 from app.train.precision import choose_device, choose_precision
 from app.train.randomness import epoch_order
-from app.train.stage import train_step
+from app.train.step import train_step
 from app.workspace import Workspace
 from tests.bench.measure import in_turn, machine, parser, save, table
 from tests.bench.steps import training

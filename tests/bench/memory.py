@@ -20,7 +20,7 @@ from app.config_file import load_config
 from app.env import Environment
 from app.train.memory import step_memory
 from app.train.precision import choose_device, choose_precision
-from app.train.stage import train_step
+from app.train.step import train_step
 from tests.bench.measure import machine, parser, reset_peak, resident_bytes, save, table
 from tests.bench.steps import training
 

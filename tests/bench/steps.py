@@ -24,8 +24,8 @@ from app.train.loss import sample_losses
 from app.train.precision import Precision, choose_device, choose_precision
 from app.train.randomness import step_draws, volume_noise
 from app.train.samples import Batch
-from app.train.stage import train_step
 from app.train.state import StageState
+from app.train.step import train_step
 from tests.bench.measure import in_turn, machine, parser, save, table
 
 COLUMNS = ("", "project ms", "and back ms", "parameters M", "step ms", "bare ms", "ratio", "samples/s", "GiB")

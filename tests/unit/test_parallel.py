@@ -19,8 +19,8 @@ from app.data.report import NothingUsable, PrepareReport
 from app.errors import AppError, ConfigError, DataError, NumericsError, Stopped
 from app.train.parallel import ALONE, Ranks, interleaved, join
 from app.train.samples import Batch, StageCases
-from app.train.stage import train_step
 from app.train.state import StageState
+from app.train.step import train_step
 from app.train.validation import validate
 from tests.conftest import tiny_config
 from tests.unit.test_stage import MemoryStore, set_up
@@ -88,7 +88,7 @@ def missing_gradients(ranks: Ranks, folder: Path) -> Any:
     """A layer of two weights; only the first process has a gradient, and of the first weight alone."""
     layer = torch.nn.Linear(2, 1)
     layer.weight.grad = torch.tensor([[4.0, 8.0]]) if ranks.is_first else None
-    terms, stop = ranks.reduce_step(layer, torch.tensor([1.0 + ranks.rank, 5.0]), stop=False)
+    terms, flags = ranks.reduce_step(layer, torch.tensor([1.0 + ranks.rank, 5.0]), False, ranks.rank == 1)
     return layer.weight.grad, layer.bias.grad, terms, stop
 
 
@@ -186,7 +186,7 @@ def test_a_process_by_itself_is_the_first_of_one() -> None:
     """Without a launcher nothing is divided, sent or waited for."""
     assert join(None) is ALONE
     terms = torch.ones(2)
-    assert ALONE.reduce_step(torch.nn.Linear(1, 1), terms, stop=True) == (terms, True)
+    assert ALONE.reduce_step(torch.nn.Linear(1, 1), terms, True, False) == (terms, [True, False])
     assert ALONE.mine([1, 2, 3]) == [1, 2, 3]
     assert ALONE.gather("x") == ["x"]
     with pytest.raises(DataError, match="no scans") as caught:
@@ -211,7 +211,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_processes(
     divided = []
     for rank in range(size):
         ranks = Ranks(rank, size)
-        parts = ranks.micro_batches(order, stage)
+        parts = ranks.micro_batches(order, stage, ranks.micro_batch(stage))
         per_step = batch_size // size // ranks.micro_batch(stage)
         divided.append([list(chain(*parts[i : i + per_step])) for i in range(0, len(parts), per_step)])
     for step in range(5):

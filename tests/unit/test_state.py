@@ -14,8 +14,8 @@ from app.errors import CheckpointError, MachineError, NumericsError
 from app.train.handover import new_state
 from app.train.precision import Precision, choose_device, choose_precision
 from app.train.samples import Batch
-from app.train.stage import train_step
 from app.train.state import StageState, load_ema
+from app.train.step import train_step
 from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")
