@@ -7,8 +7,9 @@ import time
 
 import torch
 
-from app.config import StageConfig
+from app.config import Config, StageConfig
 from app.ops import ledger_table
+from app.ops.costs import CostMeter, StageWork
 from app.ops.crash_budget import Attempts
 from app.ops.ledger import Ledger
 from app.ops.ledger_history import History, Place
@@ -16,8 +17,9 @@ from app.ops.notify import RESUMED, STAGE_FINISHED, STARTED, Notifier
 from app.ops.status import RunStatus
 from app.ops.step_mark import StepMark, read_mark
 from app.ops.writers import RunLog
-from app.tags import GOODPUT, INTERRUPTIONS, LEDGER, LOST_STEPS
+from app.tags import COST_AT_END, COST_PER_EPOCH, GOODPUT, INTERRUPTIONS, LEDGER, LOST_STEPS
 from app.tags import RESUMED as RESUMED_TAG
+from app.train.flops import step_tflop
 from app.train.resume import ResumePoint, describe
 from app.train.state import Progress
 from app.workspace import RunDir
@@ -34,11 +36,23 @@ class AttemptRecord:
         notifier: sends what happens.
         run_log: the curves, rewound to the resume point.
         status: of the run.
+        config: of the run.
+        usd_per_hour: price of the machine; None where it is not known.
     """
 
-    def __init__(self, run_dir: RunDir, ledger: Ledger, notifier: Notifier, run_log: RunLog, status: RunStatus) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        ledger: Ledger,
+        notifier: Notifier,
+        run_log: RunLog,
+        status: RunStatus,
+        config: Config,
+        usd_per_hour: float | None,
+    ) -> None:
         self._run_dir, self._ledger, self._notifier, self._run_log = run_dir, ledger, notifier, run_log
-        self._status = status
+        self._status, self._config, self._usd_per_hour = status, config, usd_per_hour
+        self._meter: CostMeter | None = None
         self._history = History()
         self._mark: StepMark | None = None
         self._here = 0
@@ -71,12 +85,16 @@ class AttemptRecord:
         else:
             self._notifier.send(STARTED, f"{describe(point)}, on {device}", **where)
         self._mark, self._here = StepMark(self._run_dir.step_mark, here, seconds), here
+        self._meter = self._cost_meter()
 
     def __call__(self, global_step: int, run_seconds: float) -> None:
         """This many steps of the run are completed, and this long they took."""
         if self._mark is not None:
             self._mark(global_step, run_seconds)
         self._ledger.stepped(global_step)
+        if self._meter is not None and (points := self._meter(global_step)):
+            self._run_log.scalars(points, global_step)
+            self._status.note(usd_per_hour=self._usd_per_hour, **{_field(tag): usd for tag, usd in points.items()})
 
     def stage_ended(self, stage: StageConfig, progress: Progress, global_step: int) -> None:
         """All epochs of a stage are trained and saved."""
@@ -92,6 +110,24 @@ class AttemptRecord:
         if self._mark is not None:
             self._mark.close()
 
+    def _cost_meter(self) -> CostMeter | None:
+        # What an earlier attempt said of its machine is not this one's.
+        self._status.note(usd_per_hour=None, **{_field(tag): None for tag in (COST_PER_EPOCH, COST_AT_END)})
+        spent_usd = self._history.cost_usd(time.time(), self._usd_per_hour)
+        # An unreadable ledger was warned of: what the run cost so far is not known.
+        if self._usd_per_hour is None or spent_usd is None or not self._history.attempts:
+            return None
+        stages = [
+            StageWork(
+                self._config.first_global_step(stage),
+                stage.epochs * stage.steps_per_epoch,
+                stage.steps_per_epoch,
+                step_tflop(self._config, stage),
+            )
+            for stage in self._config.stages
+        ]
+        return CostMeter(self._usd_per_hour, spent_usd, stages, self._config.logging.log_every_n_steps)
+
     def _log_history(self, run_seconds: float, here: int) -> None:
         history = self._history
         goodput = history.goodput(run_seconds, time.time())
@@ -105,6 +141,11 @@ def device_name(device: torch.device, processes: int) -> str:
     """`NVIDIA H100 80GB HBM3 x 2`, or cpu."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name if processes == 1 else f"{name} x {processes}"
+
+
+def _field(tag: str) -> str:
+    """`cost_usd` in the status for `ops/cost_usd` in the curves."""
+    return tag.rpartition("/")[2]
 
 
 def _ended(history: History) -> str:

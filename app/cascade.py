@@ -122,7 +122,9 @@ def _take(
     workspace.ensure()
     run_dir.ensure()
     lock = held.enter_context(RunLock(run_dir.run_lock, stop))
-    ledger = held.enter_context(Ledger(run_dir, lock.check, _exit_code, began=began, pod=env.runpod_pod_id))
+    price = env.pod_cost_per_hour
+    ledger = Ledger(run_dir, lock.check, _exit_code, began=began, pod=env.runpod_pod_id, usd_per_hour=price)
+    held.enter_context(ledger)
     run_dir.reason.unlink(missing_ok=True)
     if fall_back:
         lock.check()
@@ -264,7 +266,8 @@ class _Run:
         self.pace = self._measure_volume()
         self._rewind(point)
         run_log = self._open_log()
-        record = AttemptRecord(self.run_dir, self.ledger, self.notifier, run_log, self.status)
+        price = self.env.pod_cost_per_hour
+        record = AttemptRecord(self.run_dir, self.ledger, self.notifier, run_log, self.status, self.config, price)
         here = self.config.first_global_step(stage) + point.counters.step
         record.begin(point, stage, here, device_name(self.device, self.ranks.size))
         gpus = min(self.ranks.size, torch.cuda.device_count()) if self.device.type == "cuda" else 0

@@ -7,24 +7,12 @@ operational one may. YAML files say only what a run changes; `app.config_file` r
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-OPERATIONAL: dict[str, Any] = {"operational": True}
-
-
-def operational(default: Any, **constraints: Any) -> Any:
-    """A field that may change between two attempts of the same run."""
-    return Field(default, json_schema_extra=OPERATIONAL, **constraints)
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from app.config_pod import PodConfig
+from app.config_section import Section, operational
 
 
 class PhantomConfig(Section):
@@ -335,15 +323,6 @@ class WandbConfig(Section):
     """Project at Weights & Biases."""
     entity: str | None = operational(None)
     """User or team; null is the default of the API key."""
-
-
-class PodConfig(Section):
-    """What a rented pod does when the run has finished or was refused."""
-
-    on_finish: Literal["auto", "keep", "stop"] = operational("auto")
-    """`stop` stops the pod through RunPod's API, `keep` leaves it running; `auto` stops on a RunPod pod only."""
-    grace_minutes: float = operational(30.0, ge=0, le=10_000)
-    """The dashboard stays up this long before the pod is stopped."""
 
 
 class Config(Section):

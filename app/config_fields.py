@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from app.config import OPERATIONAL, Config, Section
+from app.config import Config
+from app.config_section import OPERATIONAL, Section
 from app.config_yaml import Path
 
 LIMITS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -65,6 +66,17 @@ VARIABLES = (
     ),
     Variable("RUNPOD_POD_ID", "", "Set by RunPod: the container runs on this pod, which `pod.on_finish` may stop."),
     Variable("RUNPOD_API_KEY", "", "Set by RunPod: stops the pod. At a desk: your key for the scripts. A secret."),
+    Variable(
+        "RUNPOD_VOLUME_ID",
+        "",
+        "Set by RunPod where the pod has a network volume, without which `pod.on_finish: terminate` is refused.",
+    ),
+    Variable(
+        "POD_COST_PER_HOUR",
+        "",
+        "Price of this machine in USD per hour, for the cost curves and `pod.max_cost_usd`; unset, a RunPod pod asks "
+        "RunPod's API.",
+    ),
 )
 
 
@@ -110,6 +122,9 @@ class Environment:
     public_key: str | None
     runpod_pod_id: str | None
     runpod_api_key: Secret | None
+    runpod_volume_id: str | None
+    pod_cost_per_hour: float | None
+    """USD."""
     secrets: tuple[Secret, ...]
     """Values of all variables whose names say that they are secret, ours or not; logs hide them."""
     warnings: tuple[str, ...]
@@ -147,6 +162,8 @@ class Environment:
             public_key=values["PUBLIC_KEY"],
             runpod_pod_id=values["RUNPOD_POD_ID"],
             runpod_api_key=None if runpod_key is None else Secret(runpod_key),
+            runpod_volume_id=values["RUNPOD_VOLUME_ID"],
+            pod_cost_per_hour=_price(values["POD_COST_PER_HOUR"]),
             secrets=_secrets(environ),
             warnings=tuple(warnings),
         )
@@ -157,6 +174,13 @@ class Environment:
         if self.wandb_mode == "disabled":
             return False
         return self.wandb_api_key is not None or self.wandb_mode == "offline"
+
+
+def this_pod(environ: Mapping[str, str] | None = None) -> tuple[str | None, Secret | None]:
+    """RUNPOD_POD_ID and RUNPOD_API_KEY alone, for a process whose other variables may be wrong."""
+    environ = os.environ if environ is None else environ
+    only = Environment.read({name: environ[name] for name in ("RUNPOD_POD_ID", "RUNPOD_API_KEY") if name in environ})
+    return only.runpod_pod_id, only.runpod_api_key
 
 
 @dataclass(frozen=True)
@@ -239,6 +263,21 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= LARGEST_PORT):
         raise ConfigError(f"environment variable PORT: expected a number from 1 to {LARGEST_PORT}, found {text!r}")
     return int(text)
+
+
+def _price(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not (math.isfinite(price) and price > 0):
+        raise ConfigError(
+            f"environment variable POD_COST_PER_HOUR: expected a price in USD per hour above 0, such as 0.44, found "
+            f"{text!r}. Unset it where the price is not known"
+        )
+    return price
 
 
 def _secrets(environ: Mapping[str, str]) -> tuple[Secret, ...]:

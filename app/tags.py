@@ -50,6 +50,12 @@ RESUMED = "ops/resumed"
 """A text at each step where the run went on."""
 LEDGER = "ops/ledger"
 """A table of all attempts so far, at each step where the run went on."""
+COST = "ops/cost_usd"
+"""Of all attempts so far, from the start of their processes. No price, no point; alike the next two."""
+COST_PER_EPOCH = "ops/cost_per_epoch_usd"
+"""Of an epoch of the stage under way, at the pace of this attempt."""
+COST_AT_END = "ops/cost_at_end_usd"
+"""Of the whole run at that pace; later stages by their arithmetic."""
 CHECKPOINT_TAGS = (
     "ops/checkpoint_blocked_s",
     "ops/checkpoint_write_s",

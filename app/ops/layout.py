@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
-from app.tags import DATA_WAIT, MFU, PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
+from app.tags import (
+    COST,
+    COST_AT_END,
+    DATA_WAIT,
+    MFU,
+    PHYSICS_WEIGHT,
+    VAL_GAIN,
+    VAL_PROJECTION_ERROR,
+    VAL_PSNR,
+    VAL_XRAY_USE,
+)
 
 EVERY_STAGE = r"stage_\d+"
 COMPARED = {
@@ -28,6 +38,7 @@ MACHINE = {
     "CPU of the machine (%)": ["host/cpu_percent"],
     "RAM and the container's limit (GiB)": ["host/(ram|container_ram|container_ram_limit|trainer_ram)_gib"],
     "Disk: free, and needed by the run (GiB)": ["host/disk_(free|needed)_gib"],
+    "Cost so far and at the end (USD)": [COST, COST_AT_END],
 }
 
 

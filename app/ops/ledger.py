@@ -45,6 +45,7 @@ class Ledger:
         *,
         began: float,
         pod: str | None,
+        usd_per_hour: float | None = None,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -54,9 +55,10 @@ class Ledger:
             exit_code: of the process that ends by this error.
             began: start of the process, in seconds since 1970.
             pod: id of the pod at RunPod; None elsewhere.
+            usd_per_hour: price of the machine; None where it is not known.
         """
         self._path, self._fence, self._exit_code = run_dir.ledger, fence, exit_code
-        self._began, self._pod = began, pod
+        self._began, self._pod, self._usd_per_hour = began, pod, usd_per_hour
         self._number: int | None = None
         self._stepped = False
         self._reached: int | None = None
@@ -119,6 +121,7 @@ class Ledger:
             lost_steps=lost_steps,
             repeated_s=round(repeated_s, 3),
             down_s=round(down_s, 3),
+            usd_per_hour=self._usd_per_hour,
         )
         self._number, self._reached = attempt.number, place.global_step
         self._append({"event": "start", **{key: value for key, value in asdict(attempt).items() if key not in LATER}})

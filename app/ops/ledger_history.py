@@ -65,6 +65,8 @@ class Attempt:
     """Seconds that the attempt before had spent on them."""
     down_s: float
     """Seconds from its last sign of life to the start of this one's process."""
+    usd_per_hour: float | None = None
+    """Price of the machine; None where it was not known."""
     first_step: float | None = None
     """When the first step was completed."""
     end: End | None = None
@@ -110,6 +112,30 @@ class History:
             return None
         first = self.attempts[0]
         return min(1.0, max(0.0, (run_seconds - first.place.run_seconds) / (until - first.began)))
+
+    def spent_s(self, until: float) -> list[float]:
+        """Seconds of each attempt, from the start of its process to its end or last sign of life.
+
+        Args:
+            until: where the last attempt is taken to end if it does not say itself, in seconds since 1970.
+        """
+        ends = [following.began - following.down_s for following in self.attempts[1:]]
+        if self.attempts:
+            last = self.attempts[-1]
+            ends.append((last.end and last.end.time) or until)
+        return [max(0.0, end - attempt.began) for attempt, end in zip(self.attempts, ends, strict=True)]
+
+    def cost_usd(self, until: float, usd_per_hour: float | None = None) -> float | None:
+        """What all attempts cost; None where no price is known.
+
+        Args:
+            until: see `spent_s`.
+            usd_per_hour: of an attempt on a pod whose price was not known; at a desk such an attempt costs nothing.
+        """
+        prices = [attempt.usd_per_hour or (attempt.pod and usd_per_hour) or None for attempt in self.attempts]
+        if not any(prices) and usd_per_hour is None:
+            return None
+        return sum(seconds / 3600 * (price or 0.0) for seconds, price in zip(self.spent_s(until), prices, strict=True))
 
 
 def kind_of(code: int) -> str:

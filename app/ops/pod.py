@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from app.config import PodConfig
+from app.config_pod import PodConfig
 from app.env import Environment, Secret
 from app.errors import MachineError
 

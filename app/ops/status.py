@@ -6,11 +6,13 @@ import json
 import logging
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from app.errors import MachineError
+from app.ops.costs import cost_lines, spent_by
 from app.ops.ledger_history import History, read_history
 from app.ops.ledger_table import as_json, duration, goodput_text, text_table, totals
 from app.workspace import RunDir, atomic_write
@@ -44,6 +46,12 @@ class RunStatus:
             self._advance(seconds)
         if seconds is None or time.monotonic() - self._written > WRITE_EVERY_S:
             self.write()
+
+    def note(self, **fields: Any) -> None:
+        """Merge fields that the next write takes along; None removes one."""
+        self.fields.update(fields)
+        for name in [name for name in fields if fields[name] is None]:
+            del self.fields[name]
 
     def write(self) -> None:
         """Write the file now."""
@@ -138,14 +146,17 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
     history, goodput = _attempts(run_dir, fields)
     if history.attempts:
         lines += [("attempts", totals(history)), ("goodput", goodput_text(history, goodput))]
+        lines += [("cost", text) for text in cost_lines(spent_by(history, run_dir), fields)]
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
     return f"{text}\n\n{text_table(history)}" if history.attempts else text
 
 
 def status_json(run_dir: RunDir, fields: dict[str, Any]) -> str:
-    """The status for programs, the ledger and the goodput with it."""
-    return json.dumps({**fields, "ledger": as_json(*_attempts(run_dir, fields))}, indent=1)
+    """The status for programs, the ledger, the goodput and the cost with it."""
+    history, goodput = _attempts(run_dir, fields)
+    costs = asdict(spent_by(history, run_dir))
+    return json.dumps({**fields, "ledger": {**as_json(history, goodput), "spent": costs}}, indent=1)
 
 
 def _attempts(run_dir: RunDir, fields: dict[str, Any]) -> tuple[History, float | None]:

@@ -25,7 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from app.config import Config, PodConfig
+from app.config import Config
+from app.config_pod import PodConfig
 from app.env import Environment, child_environment
 from app.errors import AppError, CrashBudgetError, DataError, LockError, MachineError, Stopped
 from app.log import LOG_FILE, also_in_file

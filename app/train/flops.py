@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from app.config import Config, StageConfig
 from app.model.denoiser import StageModel
 from app.physics.geometry import VIEWS
 
@@ -56,6 +58,12 @@ def training_tflop(model: StageModel) -> float:
     layers = sum(cost * (FORWARD_AND_BACKWARD - is_first) for cost, is_first in _layers(model))
     attention = FORWARD_AND_BACKWARD * _attention(model)
     return (layers + attention + _projections(model)) / TERA
+
+
+def step_tflop(config: Config, stage: StageConfig) -> float:
+    """TFLOP of an optimizer step of `stage`, from shapes alone."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        return stage.batch * training_tflop(StageModel(config, stage))
 
 
 def peak_tflop_per_s(device: torch.device, precision: str) -> float | None:

@@ -46,6 +46,12 @@ def test_every_tag_of_the_seed_is_there_with_every_step_once(workspace: Path) ->
                 assert steps == ([0, *epochs] if "/val_" in tag else epochs), tag
 
 
+def test_without_a_price_there_are_no_cost_curves(workspace: Path) -> None:
+    """Nor a line in the status."""
+    assert [tag for tag in series(workspace / RUN) if "usd" in tag] == []
+    assert "USD" not in command(workspace, "status", *CONFIG).stdout
+
+
 @pytest.mark.parametrize("side", ["train", "val"])
 def test_logged_losses_add_up(workspace: Path, side: str) -> None:
     """loss = diffusion + physics_weight * physics; validation uses the final weight throughout."""

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from app.env import VARIABLES, Environment, LauncherRanks, Secret, launcher_ranks
+from app.env import VARIABLES, Environment, LauncherRanks, Secret, launcher_ranks, this_pod
 from app.errors import ConfigError
 
 
@@ -127,3 +127,25 @@ def test_only_the_elastic_launcher_makes_a_process_one_of_several():
     ranks = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
     assert launcher_ranks(ranks) is None
     assert launcher_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == LauncherRanks(rank=3, size=8, local_rank=1)
+
+
+@pytest.mark.parametrize("text", ["free", "0", "-1", "nan", "inf", "0,44"])
+def test_a_price_is_a_positive_number(text):
+    """The cost curves and the budget rest on it."""
+    with pytest.raises(ConfigError, match="POD_COST_PER_HOUR: expected a price in USD per hour above 0"):
+        Environment.read({"POD_COST_PER_HOUR": text})
+
+
+def test_an_unknown_price_is_none():
+    """And no reason not to train."""
+    assert Environment.read({"POD_COST_PER_HOUR": " "}).pod_cost_per_hour is None
+    assert Environment.read({"POD_COST_PER_HOUR": "0.44"}).pod_cost_per_hour == 0.44
+
+
+def test_the_pod_is_known_though_other_variables_are_wrong():
+    """A container that cannot start must still be stopped."""
+    assert this_pod({"LOG_LEVEL": "LOUD", "RUNPOD_POD_ID": "abc", "RUNPOD_API_KEY": "rpa_1"}) == (
+        "abc",
+        Secret("rpa_1"),
+    )
+    assert this_pod({"LOG_LEVEL": "LOUD"}) == (None, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config import PodConfig
+from app.config_pod import PodConfig
 from app.env import Environment, Secret
 from app.errors import ConfigError
 from app.ops.pod import PodError, RunPodApi, api_of, stop_this_pod, stops_pod
