@@ -69,7 +69,10 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--show-names", action="store_true", help="print file names beside the pseudonyms")
     status = _command(commands, "status", _status, "stage, epoch, step, losses, ETA, last checkpoint")
     status.add_argument("--json", action="store_true", help="print the status as JSON")
-    _command(commands, "checkpoints", _checkpoints, "list and verify the checkpoints, name the one to resume from")
+    listed = _command(
+        commands, "checkpoints", _checkpoints, "list and verify the checkpoints, name the one to resume from"
+    )
+    listed.add_argument("--json", action="store_true", help="print the list as JSON")
     export = _command(commands, "export", _export, "write all finished stages into one file for use elsewhere")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as cascade.pt")
     add_sample_arguments(_command(commands, "sample", _sample, "turn two radiographs into a CT volume"))
@@ -230,11 +233,11 @@ def _status(arguments: argparse.Namespace, env: Environment) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace, env: Environment) -> int:
-    from app.train.listing import checkpoint_table
+    from app.train.listing import list_checkpoints
 
-    text, usable = checkpoint_table(_run_dir(arguments, env))
-    print(text)
-    return 0 if usable else 74
+    listing = list_checkpoints(_run_dir(arguments, env))
+    print(listing.as_json() if arguments.json else listing.table())
+    return 74 if listing.resume_point is None else 0
 
 
 def _export(arguments: argparse.Namespace, env: Environment) -> int:

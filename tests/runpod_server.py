@@ -56,10 +56,13 @@ class RunPod:
             return 404, {"error": "not found"}
         if body.get("action") not in ACTIONS:
             return 422, {"error": "unknown action"}
-        self.status = "EXITED" if body["action"] == "stop" else "RUNNING"
+        self.status = {"stop": "EXITED", "terminate": "TERMINATED"}.get(body["action"], "RUNNING")
         return 200, {"id": POD, "status": self.status}
 
     def _graphql(self, query: str) -> dict[str, Any]:
+        if re.fullmatch(rf'mutation\{{podTerminate\(input:\{{podId:"{POD}"\}}\)\}}', query):
+            self.status = "TERMINATED"
+            return {"data": {"podTerminate": None}}
         match = re.fullmatch(r'(mutation|query)\{(podStop|pod)\(input:\{podId:"([^"]+)"\}\)\{([\w ]+)\}\}', query)
         if match is None:
             return {"errors": [{"message": f"syntax: {query}"}]}

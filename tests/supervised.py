@@ -20,7 +20,14 @@ from tests.conftest import ROOT, TINY
 class Container:
     """`python -m app supervise` with its output."""
 
-    def __init__(self, folder: Path, *arguments: str, command: str = "supervise", config: str = str(TINY)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        command: str = "supervise",
+        config: str = str(TINY),
+        program: tuple[str, ...] = ("app",),
+    ) -> None:
         self.workspace = folder / "workspace"
         self.runtime = folder / "run"
         self.runtime.mkdir(exist_ok=True)
@@ -30,7 +37,7 @@ class Container:
         place = ["--runtime", str(self.runtime)] if command == "supervise" else ["--pid-file", str(self.pid_file)]
         added = {"WORKSPACE": str(self.workspace), "PORT": str(self.port), "CONFIG": config, "DASHBOARD_AUTH": "none"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "app", command, *place, *arguments],
+            [sys.executable, "-m", *program, command, *place, *arguments],
             cwd=ROOT,
             env={**os.environ, **added, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,

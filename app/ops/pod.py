@@ -1,6 +1,8 @@
-"""RunPod's API: stop, start and look at a pod, create a template.
+"""RunPod's API: stop, start, terminate and look at a pod, create a template; how the end of a run stops its pod.
 
-Newest first: REST v2, then GraphQL. Nothing here terminates a pod: that would delete its volume disk.
+Newest first: REST v2, then GraphQL. A pod is stopped, with a network volume too (RunPod's documentation since May 2026;
+before, such a pod could only be terminated). Terminating deletes a pod with its own disk, so only `terminates_pod` says
+yes to it: where a network volume holds the work.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any, Protocol
 
 from app.config_pod import PodConfig
 from app.env import Environment, Secret
-from app.errors import MachineError
+from app.errors import ConfigError, MachineError
+from app.ops.startup import is_mounted
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ TRY_AGAIN = (409, 429, 500, 502, 503, 504)
 POD_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ANSWER_LIMIT = 1 << 20
 STOP_AGAIN_S = 300.0
+TELL_EVERY = 12
+"""Failures to stop a pod, of which one is told to the webhook: an hour's."""
 SHOWN = 300
 """Characters of an answer in a message."""
 
@@ -55,12 +60,12 @@ class RunPodApi:
 
     Args:
         key: goes into the Authorization header, never into an address.
-        base: address of the API.
+        base: address of the API; None is RunPod's.
         pause: sleeps for some seconds.
     """
 
-    def __init__(self, key: Secret, base: str = API, pause: Callable[[float], None] = time.sleep) -> None:
-        self._key, self._base, self._pause = key, base, pause
+    def __init__(self, key: Secret, base: str | None = None, pause: Callable[[float], None] = time.sleep) -> None:
+        self._key, self._base, self._pause = key, base or API, pause
 
     def stop_pod(self, pod_id: str) -> str:
         """Stop a pod: its disk is kept, its GPU is no longer paid for.
@@ -71,11 +76,27 @@ class RunPodApi:
         Raises:
             PodError: neither interface did.
         """
+        graphql = f'mutation{{podStop(input:{{podId:"{_checked(pod_id)}"}}){{id desiredStatus}}}}'
+        return self._act(pod_id, "stop", graphql)
+
+    def terminate_pod(self, pod_id: str) -> str:
+        """Delete a pod and its own disk; a network volume is kept.
+
+        Returns:
+            Which interface did it.
+
+        Raises:
+            PodError: neither interface did.
+        """
+        return self._act(pod_id, "terminate", f'mutation{{podTerminate(input:{{podId:"{_checked(pod_id)}"}})}}')
+
+    def _act(self, pod_id: str, action: str, graphql: str) -> str:
         try:
-            self._request(f"/v2/pods/{_checked(pod_id)}/action", {"action": "stop"})
+            self._request(f"/v2/pods/{_checked(pod_id)}/action", {"action": action})
         except PodError as error:
             log.warning("%s; trying GraphQL", error)
-            self._graphql(f'mutation{{podStop(input:{{podId:"{_checked(pod_id)}"}}){{id desiredStatus}}}}')
+            # To terminate answers with nothing.
+            self._graphql(graphql, may_be_null=action == "terminate")
             return "GraphQL"
         return "API v2"
 
@@ -111,10 +132,10 @@ class RunPodApi:
             raise PodError(f"POST {self._base}/v2/templates: expected the template's id, found {_shown(answer)}")
         return str(answer["id"])
 
-    def _graphql(self, query: str) -> dict[str, Any]:
+    def _graphql(self, query: str, may_be_null: bool = False) -> dict[str, Any]:
         answer = self._request("/graphql", {"query": query})
         data = answer.get("data")
-        if answer.get("errors") or not isinstance(data, dict) or not any(data.values()):
+        if answer.get("errors") or not isinstance(data, dict) or not (may_be_null or any(data.values())):
             raise PodError(f"{self._base}/graphql refused: {_shown(answer.get('errors') or answer)}")
         return data
 
@@ -155,26 +176,49 @@ class RunPodApi:
         return answer if isinstance(answer, dict) else {"answer": answer}
 
 
-def api_of(env: Environment) -> RunPodApi:
-    """The API for the key in the environment.
+def api_of(env: Environment, base: str | None = None) -> RunPodApi:
+    """The API for the key in the environment; `base` is its address, None RunPod's.
 
     Raises:
         PodError: there is none.
     """
     if env.runpod_api_key is None:
         raise PodError("RUNPOD_API_KEY is not set: it takes a key of RunPod's console, under Settings, API keys")
-    return RunPodApi(env.runpod_api_key)
+    return RunPodApi(env.runpod_api_key, base)
 
 
 def stops_pod(pod: PodConfig, pod_id: str | None) -> bool:
-    """Whether the end of the run stops the pod that this container runs on."""
+    """Whether the end of the run stops the pod that this container runs on; elsewhere the log says what it would do."""
     if pod.on_finish == "keep":
         return False
-    if pod_id is None and pod.on_finish == "stop":
-        log.warning(
-            "pod.on_finish is stop, but RUNPOD_POD_ID is not set: this is no RunPod pod, and it goes on running"
+    if pod_id is None:
+        log.log(
+            logging.INFO if pod.on_finish == "auto" else logging.WARNING,
+            "dry run: RUNPOD_POD_ID is not set, so this is no RunPod pod, and it goes on running. On a pod, the "
+            "checkpoints would be verified and the pod %s after %g minutes",
+            "terminated" if pod.on_finish == "terminate" else "stopped",
+            pod.grace_minutes,
         )
     return pod_id is not None
+
+
+def check_ending(pod: PodConfig, env: Environment) -> None:
+    """At the start of a run, while nothing is lost.
+
+    Raises:
+        ConfigError: the pod is to be terminated, and nothing says that the work is on a network volume.
+    """
+    if pod.on_finish != "terminate" or env.runpod_pod_id is None:
+        return
+    expected = "pod.on_finish: terminate deletes the pod with its own disk, so the work must lie on a network volume"
+    instead = "Attach a network volume, or use pod.on_finish: stop, which keeps the pod's disk"
+    if env.runpod_volume_id is None:
+        raise ConfigError(f"{expected}; RUNPOD_VOLUME_ID is not set, so this pod has none. {instead}")
+    if not is_mounted(env.workspace):
+        raise ConfigError(
+            f"{expected}; this pod has one (RUNPOD_VOLUME_ID), but {env.workspace} is no mounted volume. Set WORKSPACE "
+            f"to the folder where it is mounted. {instead}"
+        )
 
 
 class Patience(Protocol):
@@ -189,34 +233,48 @@ class Patience(Protocol):
 
 def stop_this_pod(
     pod: PodConfig,
-    pod_id: str | None,
+    pod_id: str,
     key: Secret | None,
     stop: Patience,
-    base: str = API,
+    *,
     announce: Callable[[str], None] = lambda text: None,
+    alarm: Callable[[str], None] = lambda text: None,
+    terminate: bool = False,
+    why: str = "the run has ended",
+    base: str | None = None,
 ) -> None:
     """On a pod whose run has ended: the grace period, then stop it, again and again until it is gone.
 
     Args:
-        pod: whether and when.
-        pod_id: the pod that this container runs on; None elsewhere.
+        pod: when.
+        pod_id: the pod that this container runs on.
         key: of RunPod's API.
         stop: true once the pod goes down.
-        base: address of the API.
         announce: told before the grace period that and when.
+        alarm: told now and then that the pod cannot be stopped.
+        terminate: delete the pod in place of stopping it.
+        why: for log and announcement.
+        base: address of the API; None is RunPod's.
     """
-    if not stops_pod(pod, pod_id) or pod_id is None:
-        return
-    log.info("this pod is stopped in %g minutes; `pod.on_finish: keep` would leave it running", pod.grace_minutes)
-    announce(f"the run has ended and this pod is stopped in {pod.grace_minutes:g} minutes")
+    verb = "terminated" if terminate else "stopped"
+    text = f"{why}; this pod is {verb} in {pod.grace_minutes:g} minutes"
+    log.info("%s. `pod.on_finish: keep` would leave it running", text)
+    announce(text)
     stop.wait(60 * pod.grace_minutes)
+    failures = 0
     while not stop():
         try:
             if key is None:
                 raise PodError("RUNPOD_API_KEY is not set")
-            log.info("stopping this pod: accepted by %s", RunPodApi(key, base, stop.wait).stop_pod(pod_id))
+            api = RunPodApi(key, base, stop.wait)
+            accepted = api.terminate_pod(pod_id) if terminate else api.stop_pod(pod_id)
+            log.info("this pod is %s: accepted by %s", verb, accepted)
         except PodError as error:
-            log.error("THIS POD COULD NOT BE STOPPED AND COSTS MONEY: stop it in the console. %s", error)
+            problem = f"THIS POD COULD NOT BE {verb.upper()} AND COSTS MONEY: stop or terminate it in the console"
+            log.error("%s. The run's files are safe. Trying again in %.0f s. %s", problem, STOP_AGAIN_S, error)
+            if failures % TELL_EVERY == 0:
+                alarm(problem)
+            failures += 1
         stop.wait(STOP_AGAIN_S)
 
 

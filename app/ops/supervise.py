@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.env import Environment, child_environment
+from app.env import Environment, child_environment, this_pod
 from app.errors import MachineError, Stopped
 from app.ops.startup import RUNTIME, is_mounted, runtime_folder, sshd_command, write_shell_file
 
@@ -144,12 +144,48 @@ def supervise(env: Environment, train_arguments: Sequence[str], runtime: Path = 
     return Shim(pid_file, child_environment(added)).run(sshd)
 
 
+class Parked:
+    """The wish to stop of a process that waits for nothing else, with its signals blocked."""
+
+    def __init__(self) -> None:
+        """From now on signals wait for `wait`."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        self._asked = False
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self._asked
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, cut short by a stop."""
+        if not self._asked:
+            self._asked = signal.sigtimedwait(STOPS, seconds) is not None
+
+
 def park(problem: str) -> int:
-    """Keep a container that cannot start, instead of having it restarted for ever; returns when it is stopped."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    """Keep a container that cannot start, instead of having it restarted for ever; a pod is stopped, as after any end.
+
+    Returns:
+        The exit code, once it is stopped.
+    """
+    # Imported late: the first process of a container that starts needs none of it.
+    from app.config_pod import PodConfig
+    from app.ops.pod import stop_this_pod
+
+    parked = Parked()
     print(f"error: {problem}\nNothing runs; this container waits to be stopped.", file=sys.stderr, flush=True)
-    signal.sigwait(STOPS)
+    pod_id, key = this_pod()
+    if pod_id is not None:
+        why = "nothing runs here, because the container could not start"
+        stop_this_pod(PodConfig(), pod_id, key, parked, announce=_say, why=why)
+    while not parked():
+        parked.wait(LOOK_EVERY_S)
     return Stopped.exit_code
+
+
+def _say(text: str) -> None:
+    # There may be no log yet.
+    print(text, file=sys.stderr, flush=True)
 
 
 def living() -> dict[int, int]:

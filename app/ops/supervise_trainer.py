@@ -3,6 +3,7 @@
 finished, DONE on the volume            does not train; the dashboard stays
 refused, and nothing has changed        does not train, says why again (70, 71, 74)
 refused: 65, 69, 78                     ends; looked at again at the next start of the container
+a budget is used up                     does not train, or has the trainer save and end: 69
 the data folder is empty                waits for a CT
 75, another process holds the run       waits and tries again
 the same error at the same step         again from the state before, once; then 71
@@ -20,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,8 +31,10 @@ from app.env import Environment, child_environment
 from app.errors import AppError, CrashBudgetError, DataError, LockError, MachineError, Stopped
 from app.log import LOG_FILE, also_in_file
 from app.ops.crash_budget import BUDGET, Attempts, Repetition
-from app.ops.notify import STOPPING, Notifier
-from app.ops.pod import stop_this_pod
+from app.ops.money_guard import MoneyGuard, price_per_hour
+from app.ops.notify import Notifier
+from app.ops.pod import check_ending
+from app.ops.pod_end import end_pod
 from app.ops.refusal import (
     finished,
     forget_config_refusal,
@@ -125,13 +127,14 @@ class Supervision:
 
     def run(self) -> int:
         """Train to whatever end, say how to go on, stop the pod where that is asked for; the exit code."""
-        pod, workspace = PodConfig(), Workspace(self.env.workspace)
+        workspace, pod, run_name = Workspace(self.env.workspace), PodConfig(), self.env.run_name
         run_dir, problem = workspace.run_dir(self.env.run_name), None
         try:
             workspace.ensure()
             config = self.load_config()
-            pod, run_dir, self.notifier.run = config.pod, workspace.run_dir(config.run_name), config.run_name
-            self.notifier.where = lambda: _where(run_dir)
+            pod, run_dir, run_name = config.pod, workspace.run_dir(config.run_name), config.run_name
+            self.notifier.run, self.notifier.where = run_name, lambda: _where(run_dir)
+            check_ending(pod, self.env)
             code = self._to_an_end(config, workspace, run_dir)
         except AppError as error:
             code, problem = _refused(run_dir, error), str(error)
@@ -147,8 +150,7 @@ class Supervision:
             elif code != 0:
                 self.notifier.refused(code, problem or reason(run_dir, code) or "see the log")
             self._say_how_to_go_on(code, run_dir)
-            announce = partial(self.notifier.send, STOPPING) if code != Stopped.exit_code else _unsaid
-            stop_this_pod(pod, self.env.runpod_pod_id, self.env.runpod_api_key, self.stop, announce=announce)
+            end_pod(pod, self.env, run_dir, run_name, code, self.stop, self.notifier.send)
         return code
 
     def _to_an_end(self, config: Config, workspace: Workspace, run_dir: RunDir) -> int:
@@ -163,26 +165,35 @@ class Supervision:
             log.info("finished before: all stages are trained; not started again. Checkpoints in %s", run_dir.path)
             return 0
         run_dir.done.unlink(missing_ok=True)
+        guard = MoneyGuard(config, run_dir, price_per_hour(self.env, self.stop), self.env.runpod_pod_id is not None)
+        if self.stop():
+            return Stopped.exit_code
+        guard.check()
         if config.data.source == "ct":
             self._wait_for_data(data, workspace, run_dir)
         if self.stop():
             return Stopped.exit_code
         try:
-            code = self._train(run_dir, config.compute.hang_after_s)
+            code = self._train(run_dir, config.compute.hang_after_s, guard)
         except CrashBudgetError as error:
             code = _refused(run_dir, error)
         let_stand(run_dir, code, refusal_key(config, self.stages, run_dir, data))
         return code
 
-    def _train(self, run_dir: RunDir, hang_after_s: float) -> int:
-        """Start the trainer, again after each crash, until it ends for good."""
+    def _train(self, run_dir: RunDir, hang_after_s: float, guard: MoneyGuard) -> int:
+        """Start the trainer, again after each crash, until it ends for good.
+
+        Raises:
+            MachineError: a budget is used up.
+        """
         attempts = Attempts(run_dir)
         if attempts.exhausted():
             # What made the refusal stand has changed, or REASON was deleted: somebody wants another try.
             attempts.forgive()
         lock_pause = FIRST_LOCK_PAUSE_S
         while True:
-            code = self._attempt(attempts, hang_after_s)
+            guard.check()
+            code = self._attempt(attempts, hang_after_s, guard)
             if code is not None and code in ENDS:
                 return code
             if code == LockError.exit_code:
@@ -194,21 +205,29 @@ class Supervision:
             if self.stop():
                 return Stopped.exit_code
 
-    def _attempt(self, attempts: Attempts, hang_after_s: float) -> int | None:
-        """Start the trainer once; its exit code, or None where it hung and was ended."""
+    def _attempt(self, attempts: Attempts, hang_after_s: float, guard: MoneyGuard) -> int | None:
+        """Start the trainer once; its exit code, or None where it hung and was ended.
+
+        Raises:
+            MachineError: it was ended for what it costs.
+        """
         command = [sys.executable, "-m", "app", "train", *self.train_arguments]
         repeated = attempts.repetition()
         if repeated is not None and repeated.wants_fall_back:
             command.append("--fall-back")
         logs = Workspace(self.env.workspace).logs
-        with Watchdog(hang_after_s, self.stop, lambda: also_in_file(logs, self.env)) as watchdog:
-            child = watchdog.start(command, child_environment({}))
+        price = {} if guard.usd_per_hour is None else {"POD_COST_PER_HOUR": repr(guard.usd_per_hour)}
+        with Watchdog(hang_after_s, self.stop, lambda: also_in_file(logs, self.env)) as watchdog, guard:
+            child = watchdog.start(command, child_environment(price))
             self.stop.watch(child)
             attempts.started(child.pid)
             self._write_pids(child.pid)
-            code, hung = watchdog.wait(child)
+            code, hung = watchdog.wait(child, guard.over)
         if self.pid_file is not None:
             self.pid_file.unlink(missing_ok=True)
+        if guard.problem is not None and code != 0:
+            attempts.ended(Stopped.exit_code if code in STOPPED_EARLY else code, crashed=False)
+            raise MachineError(guard.problem)
         if hung and not self.stop():
             attempts.ended(code, crashed=True, hung=True)
             return None
@@ -296,10 +315,6 @@ def _mark_refused(run_dir: RunDir, code: int) -> None:
             RunStatus(run_dir).close(f"refused, exit code {code}")
         except OSError as error:
             log.error("%s cannot be written: %s", run_dir.status, error.strerror)
-
-
-def _unsaid(_text: str) -> None:
-    """Whoever was told that the process was asked to stop need not hear of the pod, which goes down already."""
 
 
 def _where(run_dir: RunDir) -> dict[str, Any]:

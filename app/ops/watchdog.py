@@ -115,10 +115,22 @@ class Watchdog:
         told = [*command, "--beat-fd", str(self._writer)]
         return subprocess.Popen(told, env=environment, pass_fds=(self._writer,))
 
-    def wait(self, child: subprocess.Popen[bytes]) -> tuple[int, bool]:
-        """The exit code of the trainer, and whether it hung and ended by what was done about it."""
+    def wait(self, child: subprocess.Popen[bytes], over: Callable[[], bool] = lambda: False) -> tuple[int, bool]:
+        """The exit code of the trainer, and whether it hung and ended by what was done about it.
+
+        Args:
+            child: the trainer.
+            over: whether it must save and end; asked again and again.
+        """
         silence = Silence(time.monotonic())
+        told_at: float | None = None
         while (code := _ended(child, POLL_S)) is None:
+            if told_at is None and over():
+                told_at = time.monotonic()
+                child.terminate()
+            if told_at is not None and time.monotonic() - told_at > SAVING_TAKES_S and not self._stop():
+                log.error("the trainer did not end within %.0f s of SIGTERM: it is killed", SAVING_TAKES_S)
+                return self._kill(child, descendants()), False
             quiet_s = silence.seconds(heard=BEAT in self._read(), now=time.monotonic())
             if quiet_s > self._limit_s and not self._stop():
                 with self._in_log_file():
@@ -146,6 +158,9 @@ class Watchdog:
         if code is None:
             child.terminate()
             _ended(child, SAVING_TAKES_S)
+        return self._kill(child, family)
+
+    def _kill(self, child: subprocess.Popen[bytes], family: set[int]) -> int:
         child.kill()
         # Its workers too: one that is left would hold the run lock. They are nobody's children once it has ended.
         for pid in (family | descendants()) & set(living()) - {child.pid}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Container]]:
     """Containers, one after another on the same volume."""
     made: list[Container] = []
 
-    def begin(*arguments: str, **options: str) -> Container:
+    def begin(*arguments: str, **options: Any) -> Container:
         made.append(Container(tmp_path, *arguments, **options))
         return made[-1]
 

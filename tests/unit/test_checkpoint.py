@@ -17,7 +17,7 @@ import torch
 from app.errors import CheckpointError
 from app.train.checkpoint import CheckpointFolder, Counters, kinds_at_epoch_end
 from app.train.ema import tensors_hash
-from app.train.listing import checkpoint_table
+from app.train.listing import list_checkpoints
 from app.train.resume import set_newest_aside
 from app.workspace import RunDir, remove_temporary_files
 
@@ -252,8 +252,12 @@ def test_the_table_names_damaged_files_and_the_resume_point_and_moves_nothing(fo
     save(folder, 5, "epoch_1", epochs=1)
     save(folder, 9, epochs=1)
     flip_a_bit(folder.run_dir.checkpoint(STAGE, "last"))
-    text, usable = checkpoint_table(folder.run_dir)
-    assert usable
+    listing = list_checkpoints(folder.run_dir)
+    text, found = listing.table(), json.loads(listing.as_json())
+    assert found["resume_point"] == "stage_64_epoch_1.pt"
+    last, earlier = found["files"]
+    assert (last["file"], earlier["file"], earlier["damage"]) == ("stage_64_last.pt", "stage_64_epoch_1.pt", None)
+    assert last["damage"].startswith("its content is not what was written")
     assert "stage_64_last.pt" in text
     assert "DAMAGED: its content is not what was written" in text
     assert "resume point: stage_64_epoch_1.pt (stage_64, epoch 1, step 5)" in text
@@ -262,9 +266,10 @@ def test_the_table_names_damaged_files_and_the_resume_point_and_moves_nothing(fo
 
 def test_an_empty_run_has_no_checkpoints(folder: CheckpointFolder) -> None:
     """Said in words, with the folder's name."""
-    text, usable = checkpoint_table(folder.run_dir)
-    assert not usable
-    assert text == f"no checkpoints in {folder.run_dir.path}"
+    listing = list_checkpoints(folder.run_dir)
+    assert listing.resume_point is None
+    assert json.loads(listing.as_json()) == {"files": [], "resume_point": None}
+    assert listing.table() == f"no checkpoints in {folder.run_dir.path}"
 
 
 def test_files_of_an_epoch_end() -> None:

@@ -12,7 +12,7 @@ import pytest
 from app.config_pod import PodConfig
 from app.env import Environment, Secret
 from app.errors import ConfigError
-from app.ops.pod import PodError, RunPodApi, api_of, stop_this_pod, stops_pod
+from app.ops.pod import PodError, RunPodApi, api_of, check_ending, stop_this_pod, stops_pod
 from app.ops.runpod import create_template, pin_image, read_template, watch
 from tests.conftest import ROOT
 from tests.runpod_server import KEY, POD, runpod
@@ -127,7 +127,14 @@ def test_without_a_key_the_message_says_where_it_comes_from():
 
 @pytest.mark.parametrize(
     ("on_finish", "pod_id", "stops"),
-    [("auto", POD, True), ("auto", None, False), ("keep", POD, False), ("stop", POD, True), ("stop", None, False)],
+    [
+        ("terminate", POD, True),
+        ("auto", POD, True),
+        ("auto", None, False),
+        ("keep", POD, False),
+        ("stop", POD, True),
+        ("stop", None, False),
+    ],
 )
 def test_when_a_pod_is_stopped(on_finish, pod_id, stops):
     """By default on a pod and nowhere else."""
@@ -149,22 +156,31 @@ class Clock:
             self.left -= 1
 
 
+def stop_it(account, clock, pod=None, key=KEY, **options):
+    """As the end of a run does."""
+    secret = None if key is None else Secret(key)
+    stop_this_pod(pod or PodConfig(), POD, secret, clock, base=account.url, **options)
+
+
 def test_the_end_of_a_run_stops_its_pod_after_the_grace_period(account, caplog):
     """The dashboard has its half hour; and while the pod is still there, it is asked again."""
     caplog.set_level(logging.INFO)
     clock, told = Clock(account, sleeps_until_down=2), []
-    stop_this_pod(PodConfig(), POD, Secret(KEY), clock, account.url, told.append)
-    assert told == ["the run has ended and this pod is stopped in 30 minutes"]
-    assert account.paths() == [ACTION, ACTION]
+    stop_it(account, clock, announce=told.append)
+    assert told == ["the run has ended; this pod is stopped in 30 minutes"]
+    assert account.requests == [(ACTION, {"action": "stop"})] * 2
     assert clock.sleeps == [1800, 300, 300]
-    assert "this pod is stopped in 30 minutes" in caplog.text
+    assert "this pod is stopped in 30 minutes. `pod.on_finish: keep` would leave it running" in caplog.text
 
 
 def test_a_pod_that_cannot_be_stopped_is_a_loud_error_again_and_again(account, caplog):
-    """Never the end of the process: one day the API answers."""
-    account.faults = {ACTION: [403, 403], "/graphql": [403, 403]}
-    stop_this_pod(PodConfig(grace_minutes=0), POD, Secret(KEY), Clock(account, sleeps_until_down=1), account.url)
-    assert caplog.text.count("THIS POD COULD NOT BE STOPPED AND COSTS MONEY: stop it in the console.") == 2
+    """Never the end of the process: one day the API answers. The webhook hears of it once an hour."""
+    account.faults = {ACTION: [403] * 13, "/graphql": [403] * 13}
+    alarms = []
+    stop_it(account, Clock(account, sleeps_until_down=1), PodConfig(grace_minutes=0), alarm=alarms.append)
+    said = "THIS POD COULD NOT BE STOPPED AND COSTS MONEY: stop or terminate it in the console"
+    assert caplog.text.count(f"{said}. The run's files are safe. Trying again in 300 s") == 13
+    assert alarms == [said, said]
     assert account.status == "EXITED"
 
 
@@ -172,19 +188,54 @@ def test_without_a_key_the_pod_says_so(account, caplog):
     """Until somebody stops it by hand."""
     clock = Clock(account, sleeps_until_down=1)
     account.status = "EXITED"
-    stop_this_pod(PodConfig(grace_minutes=1), POD, None, clock, account.url)
+    stop_it(account, clock, PodConfig(grace_minutes=1), key=None)
     assert account.requests == []
     account.status, clock.left = "EXITED", 2
-    stop_this_pod(PodConfig(), POD, None, clock, account.url)
+    stop_it(account, clock, key=None)
     assert "RUNPOD_API_KEY is not set" in caplog.text
 
 
-@pytest.mark.parametrize(("on_finish", "pod_id"), [("keep", POD), ("auto", None), ("stop", None)])
-def test_elsewhere_nothing_is_stopped(account, on_finish, pod_id):
-    """Nor waited for."""
-    clock, told = Clock(account, sleeps_until_down=1), []
-    stop_this_pod(PodConfig(on_finish=on_finish), pod_id, Secret(KEY), clock, account.url, told.append)
-    assert (account.requests, clock.sleeps, told) == ([], [], [])
+@pytest.mark.parametrize(("faults", "through"), [([], "API v2"), ([404], "GraphQL")])
+def test_a_pod_is_terminated_only_by_that_word(account, api, faults, through):
+    """Through version 2, or through GraphQL, which answers with nothing."""
+    account.faults[ACTION] = list(faults)
+    assert api.terminate_pod(POD) == through
+    assert account.status == "TERMINATED"
+    assert account.requests[0] == (ACTION, {"action": "terminate"})
+
+
+def test_graphql_s_refusal_to_terminate_is_an_error(account, api):
+    """Nothing as an answer is not the same as an error."""
+    account.faults = {ACTION: [403], "/graphql": [json.dumps({"errors": [{"message": "not yours"}], "data": None})]}
+    with pytest.raises(PodError, match=r"/graphql refused: .*not yours"):
+        api.terminate_pod(POD)
+
+
+def test_elsewhere_the_log_says_what_would_be_done(caplog):
+    """Quietly where nothing else was asked for; not at all where a pod would be kept."""
+    caplog.set_level(logging.INFO)
+    assert not stops_pod(PodConfig(on_finish="keep"), None)
+    assert caplog.text == ""
+    assert not stops_pod(PodConfig(), None)
+    assert not stops_pod(PodConfig(on_finish="terminate", grace_minutes=5), None)
+    quiet, loud = caplog.records
+    assert (quiet.levelname, loud.levelname) == ("INFO", "WARNING")
+    assert "On a pod, the checkpoints would be verified and the pod stopped after 30 minutes" in quiet.getMessage()
+    assert "On a pod, the checkpoints would be verified and the pod terminated after 5 minutes" in loud.getMessage()
+
+
+def test_only_a_pod_with_its_work_on_a_network_volume_may_be_terminated():
+    """Refused at the start, when nothing is lost: /dev/shm is mounted, / is not."""
+    terminate = PodConfig(on_finish="terminate")
+    with pytest.raises(ConfigError, match=r"RUNPOD_VOLUME_ID is not set.*use pod.on_finish: stop"):
+        check_ending(terminate, Environment.read({"RUNPOD_POD_ID": POD, "WORKSPACE": "/dev/shm"}))
+    with pytest.raises(ConfigError, match=r"but / is no mounted volume\. Set WORKSPACE"):
+        check_ending(terminate, Environment.read({"RUNPOD_POD_ID": POD, "RUNPOD_VOLUME_ID": "v1", "WORKSPACE": "/"}))
+    check_ending(
+        terminate, Environment.read({"RUNPOD_POD_ID": POD, "RUNPOD_VOLUME_ID": "v1", "WORKSPACE": "/dev/shm/work"})
+    )
+    check_ending(terminate, Environment.read({}))
+    check_ending(PodConfig(on_finish="stop"), Environment.read({"RUNPOD_POD_ID": POD}))
 
 
 def test_watch_starts_an_exited_pod_and_counts(account, api, tmp_path):
