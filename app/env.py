@@ -65,12 +65,12 @@ VARIABLES = (
         "PUBLIC_KEY", "", "SSH public keys, a line each: turns the container's SSH server on, for these keys only."
     ),
     Variable("RUNPOD_POD_ID", "", "Set by RunPod: the container runs on this pod, which `pod.on_finish` may stop."),
-    Variable("RUNPOD_API_KEY", "", "Set by RunPod: stops the pod. At a desk: your key for the scripts. A secret."),
     Variable(
         "RUNPOD_VOLUME_ID",
         "",
-        "Set by RunPod where the pod has a network volume, without which `pod.on_finish: terminate` is refused.",
+        "Set by RunPod where the pod has a network volume; without one the disk is deleted with the pod.",
     ),
+    Variable("RUNPOD_API_KEY", "", "Set by RunPod: stops the pod. At a desk: your key for the scripts. A secret."),
     Variable(
         "POD_COST_PER_HOUR",
         "",
@@ -121,8 +121,8 @@ class Environment:
     notify_url: Secret | None
     public_key: str | None
     runpod_pod_id: str | None
-    runpod_api_key: Secret | None
     runpod_volume_id: str | None
+    runpod_api_key: Secret | None
     pod_cost_per_hour: float | None
     """USD."""
     secrets: tuple[Secret, ...]
@@ -161,8 +161,8 @@ class Environment:
             notify_url=_webhook(values["NOTIFY_URL"]),
             public_key=values["PUBLIC_KEY"],
             runpod_pod_id=values["RUNPOD_POD_ID"],
-            runpod_api_key=None if runpod_key is None else Secret(runpod_key),
             runpod_volume_id=values["RUNPOD_VOLUME_ID"],
+            runpod_api_key=None if runpod_key is None else Secret(runpod_key),
             pod_cost_per_hour=_price(values["POD_COST_PER_HOUR"]),
             secrets=_secrets(environ),
             warnings=tuple(warnings),

@@ -13,7 +13,7 @@ from typing import Any
 
 KEY = "rpa_0123456789"
 POD = "abc123"
-ACTIONS = ("start", "stop", "restart", "reset", "terminate")
+ACTIONS = ("start", "stop", "restart", "terminate")
 TEMPLATE_REQUIRED = ("name", "image")
 
 

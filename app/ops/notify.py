@@ -4,7 +4,7 @@ Which process sends what, so that nothing is sent twice:
 
 started, resumed, stage finished, finished   the trainer; of several processes of a run the first
 refused, stopping                            whoever started the trainer to watch over it, else the trainer itself
-checkpoints damaged, pod not stopped         whoever stops the pod of a run that has ended
+verification failed, pod not stopped         whoever stops the pod of a run that has ended
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 STARTED, RESUMED, STAGE_FINISHED, FINISHED = "started", "resumed", "stage finished", "finished"
 REFUSED, STOPPING = "refused", "stopping"
-CHECKPOINTS_DAMAGED, POD_NOT_STOPPED = "checkpoints damaged", "pod not stopped"
+VERIFICATION_FAILED, POD_NOT_STOPPED = "verification failed", "pod not stopped"
 
 WAITING_AT_MOST = 20
 POST_TIMEOUT_S = 10.0

@@ -17,7 +17,7 @@ from typing import Any
 from app.config_pod import PodConfig
 from app.env import Environment, child_environment
 from app.errors import Stopped
-from app.ops.notify import CHECKPOINTS_DAMAGED, POD_NOT_STOPPED, STOPPING
+from app.ops.notify import VERIFICATION_FAILED, POD_NOT_STOPPED, STOPPING
 from app.ops.pod import Patience, stop_this_pod, stops_pod
 from app.workspace import RunDir, atomic_write
 
@@ -45,7 +45,7 @@ def final_check(run_dir: RunDir, run_name: str | None, stop: Callable[[], bool])
     Args:
         run_dir: the run.
         run_name: its name.
-        stop: cuts it short.
+        stop: cuts it short; then nothing is said of what was found.
     """
     if not run_dir.path.is_dir():
         return FinalCheck("there is no run yet whose checkpoints could be verified", passed=True)
@@ -59,8 +59,9 @@ def final_check(run_dir: RunDir, run_name: str | None, stop: Callable[[], bool])
     found = _verdict(verified)
     if isinstance(flushed, str):
         found = FinalCheck(f"{found.text}. THE VOLUME COULD NOT BE FLUSHED: {flushed}", passed=False)
-    log.log(logging.INFO if found.passed else logging.ERROR, "%s", found.text)
-    _add_to_reason(run_dir, found.text)
+    if not stop():
+        log.log(logging.INFO if found.passed else logging.ERROR, "%s", found.text)
+        _add_to_reason(run_dir, found.text)
     return found
 
 
@@ -88,8 +89,10 @@ def end_pod(
     if not stops_pod(pod, pod_id) or pod_id is None:
         return
     found = final_check(run_dir, run_name, stop)
+    if stop():
+        return
     if not found.passed:
-        send(CHECKPOINTS_DAMAGED, found.text)
+        send(VERIFICATION_FAILED, found.text)
     terminate = pod.on_finish == "terminate" and code == 0 and found.passed
     if pod.on_finish == "terminate" and not terminate:
         log.warning("this pod is stopped and not terminated: only that of a finished run with whole checkpoints is")

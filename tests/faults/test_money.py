@@ -12,7 +12,7 @@ import pytest
 
 from tests.runpod_server import KEY, POD, RunPod, runpod
 from tests.runs import RUN, has_step, manifest, series, train
-from tests.supervised import Container, below
+from tests.supervised import Container, processes
 from tests.webhook import Webhook, webhook
 
 ACTION = f"/v2/pods/{POD}/action"
@@ -84,7 +84,7 @@ def test_hours_end_a_run_that_is_saved_verified_stopped_and_refused_until_they_a
     trainer = first.trainer()
     late.touch()
     assert goes_down(first, account) == 69
-    assert trainer not in below(first.process.pid)
+    assert trainer not in processes()
     assert actions(account) == {"stop"}
     assert "/graphql" in account.paths()
     used_up = "pod.max_hours (100) is used up: all attempts at this run together took"
@@ -172,7 +172,7 @@ def test_an_idle_gpu_ends_a_run_and_a_busy_api_is_asked_again(start: Callable[..
 def test_a_pod_that_cannot_be_stopped_keeps_its_result_and_says_so_again_and_again(
     start: Callable[..., Container], account: RunPod, hook: Webhook
 ) -> None:
-    """Both interfaces are down, at the start too: it trains without a price, finishes, and is loud until one answers."""
+    """Both interfaces are down, at the start too: it trains without a price, ends, and is loud until one answers."""
     account.faults = {ACTION: [503] * 14, "/graphql": [503] * 16}
     container = supervised(start, account, *SHORT)
     loud = (
@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_said_loudly_and_the_pod_is_stopped_all_the_same
     assert found in again.output
     assert f"before the stop: {found}" in (damaged.parent / "REASON").read_text()
     assert damaged.exists()
-    assert hook.events == ["refused", "stopping", "refused", "checkpoints damaged", "stopping"]
+    assert hook.events == ["refused", "stopping", "refused", "verification failed", "stopping"]
     assert "CHECKPOINTS ARE DAMAGED" in hook.posts[3]["message"]
 
 

@@ -184,6 +184,31 @@ with Watchdog(2.5, lambda: False, contextlib.nullcontext) as watchdog:
     assert process_state(child) == ""
 
 
+def ended_by_request(on_sigterm: str, ready: Path) -> tuple[int, bool]:
+    """Exit code, and whether it hung, of a child that is told to end once it has its handler."""
+    body = (
+        f"from pathlib import Path\nsignal.signal(signal.SIGTERM, {on_sigterm})\nPath({str(ready)!r}).touch()\n"
+        "while True: stop(); time.sleep(0.01)"
+    )
+    with Watchdog(60.0, lambda: False, contextlib.nullcontext) as dog:
+        child = dog.start([sys.executable, "-c", CHILD + body], {**os.environ, "PYTHONPATH": str(ROOT)})
+        return dog.wait(child, ready.exists)
+
+
+def test_a_trainer_that_is_told_to_end_saves_and_ends(tmp_path: Path) -> None:
+    """SIGTERM once, and its own exit code."""
+    assert ended_by_request("lambda *_: os._exit(143)", tmp_path / "ready") == (143, False)
+
+
+def test_a_trainer_that_does_not_end_when_told_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs money, and its silence is not waited for."""
+    monkeypatch.setattr(watchdog, "SAVING_TAKES_S", 1.0)
+    assert ended_by_request("signal.SIG_IGN", tmp_path / "ready") == (-signal.SIGKILL, False)
+    assert "the trainer did not end within 1 s of SIGTERM: it is killed" in caplog.text
+
+
 def test_lines_reach_the_file_within_the_block_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without secrets, after what stands there; a file that cannot be written keeps nobody from speaking."""
     (tmp_path / "train.log").write_text("the line before\n")
