@@ -74,6 +74,9 @@ class Rehearsal:
             MachineError: a stage does not fit into memory, or its checkpoint does not come back whole.
             Stopped: asked to stop.
         """
+        if self.ranks.is_first:
+            # Of an attempt that was killed in the middle.
+            shutil.rmtree(self.run_dir.rehearsal, ignore_errors=True)
         due = self.ranks.first(lambda: self._due(stages))
         seconds = 0.0
         for stage in due:
@@ -145,9 +148,8 @@ class Rehearsal:
     def _save_and_load(self, state: StageState) -> str:
         """Write a checkpoint where the run's will lie, verify it and read it back; what that cost, in words."""
         scratch = RunDir(self.run_dir.rehearsal)
-        shutil.rmtree(scratch.path, ignore_errors=True)
-        scratch.ensure()
         try:
+            scratch.ensure()
             before, tick = _content(state), time.monotonic()
             folder = CheckpointFolder(scratch)
             folder.publish(state.stage.name, ["last"], state.payload(), Counters(0, STEPS))
@@ -164,6 +166,11 @@ class Rehearsal:
                 f"checkpoint of {mib:.0f} MiB written in {written - tick:.1f} s, verified and read in "
                 f"{time.monotonic() - written:.1f} s"
             )
+        except OSError as error:
+            raise MachineError(
+                f"{self.run_dir.path} does not take a checkpoint of {state.stage.name}, which was tried before the "
+                f"first step: {error.strerror}. Make room or mount a larger volume, then run the same command"
+            ) from error
         finally:
             shutil.rmtree(scratch.path, ignore_errors=True)
 
