@@ -67,7 +67,7 @@ def stopped_step(ranks: Ranks, folder: Path) -> Any:
 
 
 def too_large_step(ranks: Ranks, folder: Path) -> Any:
-    """Only the last process has no room for two samples at a time; how many a step of four each takes, and its outcome."""
+    """Only the last process has no room for two samples at a time; how many each takes, and the outcome."""
     state = new(f"stages.*.batch={4 * ranks.size}")
     sizes = MicroBatches(state.config, folder.parent / f"{ranks.rank}.json", CPU, "fp32", ranks)
     mine, taken = ranks.samples(4 * ranks.size), []
