@@ -13,6 +13,9 @@ from typing import Self
 from app.errors import ConfigError
 
 PLACEHOLDER = re.compile(r"\s*\{\{.*\}\}\s*", re.DOTALL)
+RUNPOD_PLACEHOLDER = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}")
+PRESET_BY_CLUSTERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NUM_NODES", "NUM_TRAINERS")
+WANDB_API = "https://api.wandb.ai"
 SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$|^NOTIFY_URL$")
 WEBHOOK = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][!-~]*)?", re.IGNORECASE)
 SHORTEST_SECRET = 4
@@ -168,6 +171,18 @@ class Environment:
             warnings=tuple(warnings),
         )
 
+    @classmethod
+    def read_usable(cls, environ: Mapping[str, str] | None = None) -> tuple[Self, tuple[str, ...]]:
+        """The environment without the variables that have a value they may not have, and what is wrong with each."""
+        usable, problems = dict(os.environ if environ is None else environ), []
+        for variable in VARIABLES:
+            try:
+                cls.read({variable.name: usable.get(variable.name, "")})
+            except ConfigError as error:
+                problems.append(str(error))
+                del usable[variable.name]
+        return cls.read(usable), tuple(problems)
+
     @property
     def wandb_on(self) -> bool:
         """Whether this process talks to Weights & Biases or writes an offline run for it."""
@@ -203,6 +218,33 @@ def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | 
     if "TORCHELASTIC_RUN_ID" not in environ:
         return None
     return LauncherRanks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]))
+
+
+def preset_ranks(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of a launcher that are set though none started this process, as on RunPod's clusters."""
+    environ = os.environ if environ is None else environ
+    if launcher_ranks(environ) is not None:
+        return {}
+    return {name: environ[name] for name in PRESET_BY_CLUSTERS if environ.get(name, "").strip()}
+
+
+def unresolved_placeholders(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`{{ RUNPOD_SECRET_name }}` by the variable, ours or not, that holds it in place of a secret."""
+    environ = os.environ if environ is None else environ
+    found = {}
+    for name, text in sorted(environ.items()):
+        match = RUNPOD_PLACEHOLDER.search(text)
+        if match:
+            found[name] = match[0]
+        elif _is_placeholder(text) and (SECRET_NAME.search(name) or any(name == each.name for each in VARIABLES)):
+            found[name] = text.strip()
+    return found
+
+
+def wandb_api(environ: Mapping[str, str] | None = None) -> str:
+    """Address of Weights & Biases, which reads WANDB_BASE_URL itself."""
+    environ = os.environ if environ is None else environ
+    return environ.get("WANDB_BASE_URL", "").strip().rstrip("/") or WANDB_API
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> str | None:

@@ -17,6 +17,7 @@ import torch.multiprocessing
 
 from app.data.report import NothingUsable, PrepareReport
 from app.errors import AppError, ConfigError, DataError, NumericsError, Stopped
+from app.train.micro_batch import MicroBatches
 from app.train.parallel import ALONE, Ranks, interleaved, join
 from app.train.samples import Batch, StageCases
 from app.train.state import StageState
@@ -26,6 +27,7 @@ from tests.conftest import tiny_config
 from tests.unit.test_stage import MemoryStore, set_up
 from tests.unit.test_state import batch, new
 
+CPU = torch.device("cpu")
 CASES = 10
 """Held-out cases of the comparison: three chunks, so that the processes get different numbers of them."""
 
@@ -64,6 +66,29 @@ def stopped_step(ranks: Ranks, folder: Path) -> Any:
     return text, same
 
 
+def too_large_step(ranks: Ranks, folder: Path) -> Any:
+    """Only the last process has no room for two samples at a time; how many each takes, and the outcome."""
+    state = new(f"stages.*.batch={4 * ranks.size}")
+    sizes = MicroBatches(state.config, folder.parent / f"{ranks.rank}.json", CPU, "fp32", ranks)
+    mine, taken = ranks.samples(4 * ranks.size), []
+
+    def full(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if ranks.rank == ranks.size - 1 and len(inputs[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def step() -> float:
+        size = sizes.size(state.stage)
+        taken.append(size)
+        pieces = [slice(start, start + size) for start in range(mine.start, mine.stop, size)]
+        whole = batch(4 * ranks.size)
+        loader = iter([Batch(whole.x_0[piece], whole.xrays[piece], None) for piece in pieces])
+        return train_step(state, loader, 0.01, lambda: False, ranks).diffusion
+
+    state.model.backbone.register_forward_pre_hook(full)
+    loss = sizes.until_it_fits(state.stage, step)
+    return taken, loss, state.model.state_dict(), sorted(file.name for file in folder.parent.glob("*.json"))
+
+
 def broken_step(ranks: Ranks, folder: Path) -> Any:
     """Only the last process has a voxel that is not a number."""
     state = new("stages.*.batch=4")
@@ -89,7 +114,7 @@ def missing_gradients(ranks: Ranks, folder: Path) -> Any:
     layer = torch.nn.Linear(2, 1)
     layer.weight.grad = torch.tensor([[4.0, 8.0]]) if ranks.is_first else None
     terms, flags = ranks.reduce_step(layer, torch.tensor([1.0 + ranks.rank, 5.0]), False, ranks.rank == 1)
-    return layer.weight.grad, layer.bias.grad, terms, stop
+    return layer.weight.grad, layer.bias.grad, terms, flags
 
 
 def validation(ranks: Ranks, folder: Path) -> Any:
@@ -154,6 +179,7 @@ def failure(work: Callable[[], Any]) -> tuple[int, str, bool]:
 SCENES = (
     steps,
     stopped_step,
+    too_large_step,
     broken_step,
     overflowing_step,
     missing_gradients,
@@ -269,6 +295,16 @@ def test_a_stop_of_one_process_is_a_stop_of_all(two: list[dict[str, Any]]) -> No
         assert in_pictures[:2] == (Stopped.exit_code, "stopped while sampling")
 
 
+def test_what_does_not_fit_one_process_is_halved_in_all(two: list[dict[str, Any]]) -> None:
+    """4, 2, then 1 at a time in both, with the same loss and weights after the step; the first one remembers."""
+    (taken, loss, weights, files), (other_taken, other_loss, other_weights, _) = (one["too_large_step"] for one in two)
+    assert taken == other_taken == [4, 2, 1]
+    assert loss == other_loss
+    assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
+    assert "0.json" in files
+    assert "1.json" not in files
+
+
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(two: list[dict[str, Any]]) -> None:
     """The same error, and no weight has moved."""
     for outcome in two:
@@ -289,11 +325,11 @@ def test_an_fp16_overflow_in_one_process_is_one_in_all(two: list[dict[str, Any]]
 def test_a_missing_gradient_counts_as_zero(two: list[dict[str, Any]]) -> None:
     """The mean of (4, 8) and nothing is (2, 4); a parameter without any gradient gets zeros, in both processes."""
     for outcome in two:
-        weight, bias, terms, stop = outcome["missing_gradients"]
+        weight, bias, terms, flags = outcome["missing_gradients"]
         assert torch.equal(weight, torch.tensor([[2.0, 4.0]]))
         assert torch.equal(bias, torch.zeros(1))
         assert terms.tolist() == [1.5, 5.0]
-        assert stop is False
+        assert flags == [False, True]
 
 
 def test_the_figures_of_a_validation_are_those_of_one_process(two: list[dict[str, Any]], tmp_path: Path) -> None:
