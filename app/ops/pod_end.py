@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from app.config_pod import PodConfig
 from app.env import Environment, child_environment
 from app.errors import Stopped
-from app.ops.notify import VERIFICATION_FAILED, POD_NOT_STOPPED, STOPPING
+from app.ops.notify import POD_NOT_STOPPED, STOPPING, VERIFICATION_FAILED
 from app.ops.pod import Patience, stop_this_pod, stops_pod
 from app.workspace import RunDir, atomic_write
 
@@ -49,16 +50,21 @@ def final_check(run_dir: RunDir, run_name: str | None, stop: Callable[[], bool])
     """
     if not run_dir.path.is_dir():
         return FinalCheck("there is no run yet whose checkpoints could be verified", passed=True)
-    flushed = _output(["sync", "--file-system", str(run_dir.path)], FLUSH_WITHIN_S, stop, {})
-    if not isinstance(flushed, str):
+    problem = None
+    try:
+        _output(["sync", "--file-system", str(run_dir.path)], FLUSH_WITHIN_S, stop, {})
         log.info("the volume is flushed")
+    except OSError as error:
+        problem = f"THE VOLUME COULD NOT BE FLUSHED: {error}"
     # Without a config, which may be what is wrong: the run's name alone says where it is.
     variables = {"CONFIG": "", "RUN_NAME": run_name or ""}
-    command = [sys.executable, "-m", "app", "checkpoints", "--json"]
-    verified = _output(command, VERIFY_WITHIN_S, stop, variables)
-    found = _verdict(verified)
-    if isinstance(flushed, str):
-        found = FinalCheck(f"{found.text}. THE VOLUME COULD NOT BE FLUSHED: {flushed}", passed=False)
+    try:
+        verified = _output([sys.executable, "-m", "app", "checkpoints", "--json"], VERIFY_WITHIN_S, stop, variables)
+        found = _verdict(json.loads(verified))
+    except (OSError, ValueError) as error:
+        found = FinalCheck(f"THE CHECKPOINTS COULD NOT BE VERIFIED: {error}", passed=False)
+    if problem is not None:
+        found = FinalCheck(f"{found.text}. {problem}", passed=False)
     if not stop():
         log.log(logging.INFO if found.passed else logging.ERROR, "%s", found.text)
         _add_to_reason(run_dir, found.text)
@@ -114,16 +120,9 @@ def end_pod(
     )
 
 
-def _verdict(verified: bytes | str) -> FinalCheck:
-    if isinstance(verified, str):
-        return FinalCheck(f"THE CHECKPOINTS COULD NOT BE VERIFIED: {verified}", passed=False)
-    try:
-        found: dict[str, Any] = json.loads(verified)
-        files = found["files"]
-    except (ValueError, LookupError, TypeError):
-        return FinalCheck(
-            "THE CHECKPOINTS COULD NOT BE VERIFIED: `checkpoints --json` said nothing of them", passed=False
-        )
+def _verdict(found: dict[str, Any]) -> FinalCheck:
+    """Of what `checkpoints --json` says."""
+    files = found["files"]
     if not files:
         return FinalCheck("there are no checkpoints to verify", passed=True)
     damaged = [f"{each['file']} ({each['damage']})" for each in files if each["damage"] is not None]
@@ -131,32 +130,41 @@ def _verdict(verified: bytes | str) -> FinalCheck:
     if found["resume_point"] is not None:
         resumed = f"the run goes on from {found['resume_point']}"
     if not damaged:
-        return FinalCheck(
-            f"all {len(files)} checkpoints are whole; {resumed}", passed=found["resume_point"] is not None
-        )
+        return FinalCheck(f"all {len(files)} checkpoints are whole; {resumed}", passed=True)
     return FinalCheck(
         f"{len(damaged)} OF {len(files)} CHECKPOINTS ARE DAMAGED: {', '.join(damaged)}; {resumed}", passed=False
     )
 
 
-def _output(command: list[str], limit_s: float, stop: Callable[[], bool], variables: dict[str, str]) -> bytes | str:
-    """What a process wrote, or in words why there is nothing to read."""
-    try:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, env=child_environment(variables))
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
+def _output(command: list[str], limit_s: float, stop: Callable[[], bool], variables: dict[str, str]) -> bytes:
+    """What a process wrote.
+
+    Raises:
+        OSError: it wrote nothing and failed, or did not end in time.
+    """
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, env=child_environment(variables))
     deadline = time.monotonic() + limit_s
     while True:
         try:
             output, _ = child.communicate(timeout=POLL_S)
             break
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as error:
             if stop() or time.monotonic() > deadline:
-                # One that waits for a disk does not end, and is not waited for.
-                child.kill()
-                return "the pod goes down" if stop() else f"not done after {limit_s:.0f} s"
+                _leave_behind(child)
+                raise TimeoutError(f"{command[0]} did not end within {limit_s:.0f} s") from error
     # `checkpoints` ends with 74 where there is nothing to resume from, and has said so.
-    return output if output or child.returncode == 0 else f"{command[0]} ended with {child.returncode}"
+    if not output and child.returncode != 0:
+        raise ChildProcessError(f"{command[0]} ended with {child.returncode}")
+    return output
+
+
+def _leave_behind(child: subprocess.Popen[bytes]) -> None:
+    """Kill a process; one that waits for a disk does not even end by that, and is not waited for."""
+    child.kill()
+    if child.stdout is not None:
+        child.stdout.close()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(1)
 
 
 def _add_to_reason(run_dir: RunDir, text: str) -> None:
