@@ -164,6 +164,7 @@ class MoneyGuard:
         self._before = Spent(0, 0.0, None)
         self._began = clock()
         self._idle: IdleGpus | None = None
+        self._warned = False
         self.problem: str | None = None
         """Why the trainer was told to end, and what to do; None while it may go on."""
 
@@ -173,6 +174,8 @@ class MoneyGuard:
         Raises:
             MachineError: a budget is used up, or cannot be kept.
         """
+        if self._pod.max_hours is None and self._pod.max_cost_usd is None:
+            return
         if self._pod.max_cost_usd is not None and self.usd_per_hour is None:
             self._say_that_no_cost_is_known()
         try:
@@ -244,7 +247,9 @@ class MoneyGuard:
             raise MachineError(
                 f"not started: {what}. Set POD_COST_PER_HOUR (USD), or use pod.max_hours in its place, and start again"
             )
-        log.warning("%s: set POD_COST_PER_HOUR (USD). This is no RunPod pod, so training goes on without it", what)
+        if not self._warned:
+            self._warned = True
+            log.warning("%s: set POD_COST_PER_HOUR (USD). This is no RunPod pod, so training goes on without it", what)
 
 
 def _trains(run_dir: RunDir, since: float) -> bool:

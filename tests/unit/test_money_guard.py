@@ -156,9 +156,13 @@ def test_a_start_with_the_budget_used_up_is_refused(run_dir: RunDir, key: str) -
 
 
 def test_without_budgets_nothing_is_refused(run_dir: RunDir) -> None:
-    """The default, with and without a price."""
+    """The default: not even by a ledger that cannot be read."""
     clock = Clock()
     free = guard(run_dir, clock, usd_per_hour=None)
+    run_dir.ledger.unlink()
+    run_dir.ledger.mkdir()
+    with pytest.raises(MachineError, match=r"ledger.jsonl: cannot be read: Is a directory"):
+        guard(run_dir, clock, "max_hours=9").check()
     free.check()
     clock.now = 1e9
     with free:
@@ -173,8 +177,10 @@ def test_a_cost_limit_without_a_price_is_refused_on_a_pod_and_said_elsewhere(
         MachineError, match=r"max_cost_usd \(5\) cannot be kept.*POD_COST_PER_HOUR.*or use pod.max_hours"
     ):
         guard(run_dir, Clock(), "max_cost_usd=5", usd_per_hour=None).check()
-    guard(run_dir, Clock(), "max_cost_usd=5", usd_per_hour=None, on_pod=False).check()
-    assert "so training goes on without it" in caplog.text
+    at_a_desk = guard(run_dir, Clock(), "max_cost_usd=5", usd_per_hour=None, on_pod=False)
+    at_a_desk.check()
+    at_a_desk.check()
+    assert caplog.text.count("so training goes on without it") == 1
 
 
 def test_a_gpu_idles_from_its_first_reading_at_zero_until_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
