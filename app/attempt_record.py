@@ -17,7 +17,7 @@ from app.ops.notify import RESUMED, STAGE_FINISHED, STARTED, Notifier
 from app.ops.status import RunStatus
 from app.ops.step_mark import StepMark, read_mark
 from app.ops.writers import RunLog
-from app.tags import COST_AT_END, COST_PER_EPOCH, GOODPUT, INTERRUPTIONS, LEDGER, LOST_STEPS
+from app.tags import COST, COST_AT_END, COST_PER_EPOCH, GOODPUT, INTERRUPTIONS, LEDGER, LOST_STEPS
 from app.tags import RESUMED as RESUMED_TAG
 from app.train.flops import step_tflop
 from app.train.resume import ResumePoint, describe
@@ -112,7 +112,7 @@ class AttemptRecord:
 
     def _cost_meter(self) -> CostMeter | None:
         # What an earlier attempt said of its machine is not this one's.
-        self._status.note(usd_per_hour=None, **{_field(tag): None for tag in (COST_PER_EPOCH, COST_AT_END)})
+        self._status.note(usd_per_hour=None, **{_field(tag): None for tag in (COST, COST_PER_EPOCH, COST_AT_END)})
         spent_usd = self._history.cost_usd(time.time(), self._usd_per_hour)
         # An unreadable ledger was warned of: what the run cost so far is not known.
         if self._usd_per_hour is None or spent_usd is None or not self._history.attempts:

@@ -2,7 +2,7 @@
 
 AppError
 |-- DataError          65  the input data cannot be used as they are
-|-- MachineError       69  no GPU where one is asked for, volume not writable, port taken
+|-- MachineError       69  no GPU where one is asked for, volume not writable, port taken, budget used up
 |-- NumericsError      70  a loss or gradient is not finite
 |-- CrashBudgetError   71  restarted too often without progress
 |-- CheckpointError    74  checkpoints exist and none can be used, or they belong to another run
