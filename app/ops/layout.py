@@ -38,7 +38,6 @@ MACHINE = {
     "CPU of the machine (%)": ["host/cpu_percent"],
     "RAM and the container's limit (GiB)": ["host/(ram|container_ram|container_ram_limit|trainer_ram)_gib"],
     "Disk: free, and needed by the run (GiB)": ["host/disk_(free|needed)_gib"],
-    "Cost so far and at the end (USD)": [COST, COST_AT_END],
 }
 
 
@@ -69,6 +68,7 @@ def layout(stages: Sequence[str]) -> bytes:
                         _chart("Learning rate", [f"{EVERY_STAGE}/learning_rate"]),
                         _chart("Physics weight", [f"{EVERY_STAGE}/{PHYSICS_WEIGHT}"]),
                         _chart("Epoch time (s)", [f"{EVERY_STAGE}/epoch_time"]),
+                        _chart("Cost so far and at the end (USD)", [COST, COST_AT_END]),
                     ],
                 ),
                 Category(

@@ -15,7 +15,7 @@ from app.errors import LockError, MachineError
 from app.ops.event_files import EventReader
 from app.ops.layout import layout
 from app.ops.writers import LAYOUT_TAG, RunLog, TensorBoardLog
-from app.tags import PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE, names
+from app.tags import COST, COST_AT_END, PHYSICS_WEIGHT, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE, names
 
 STAGES = ("stage_16", "stage_32", "stage_64")
 
@@ -71,6 +71,7 @@ def test_the_layout_comes_back_and_its_expressions_match_our_tags(tmp_path: Path
     parsed = Layout.FromString(event.tensor_proto.string_val[0])
     more = (PHYSICS_WEIGHT, VAL_PSNR, VAL_GAIN, VAL_XRAY_USE, VAL_PROJECTION_ERROR)
     tags = [tag for stage in STAGES for tag in (*names(stage), *(f"{stage}/{tag}" for tag in more))]
+    tags += [COST, COST_AT_END]
 
     def matches(title: str, chart: int) -> list[str]:
         (category,) = [category for category in parsed.category if category.title == title]
@@ -90,6 +91,7 @@ def test_the_layout_comes_back_and_its_expressions_match_our_tags(tmp_path: Path
     assert matches("Diffusion vs physics", 5) == ["stage_64/val_diffusion", "stage_64/val_physics"]
     assert matches("Schedule and speed", 0) == [f"{stage}/learning_rate" for stage in STAGES]
     assert matches("Schedule and speed", 2) == [f"{stage}/epoch_time" for stage in STAGES]
+    assert matches("Schedule and speed", 3) == [COST, COST_AT_END]
 
 
 def test_points_reach_the_file_by_time_alone(tmp_path: Path) -> None:
