@@ -85,7 +85,7 @@ class AttemptRecord:
         else:
             self._notifier.send(STARTED, f"{describe(point)}, on {device}", **where)
         self._mark, self._here = StepMark(self._run_dir.step_mark, here, seconds), here
-        self._meter = self._cost_meter()
+        self._meter = self._cost_meter(stage)
 
     def __call__(self, global_step: int, run_seconds: float) -> None:
         """This many steps of the run are completed, and this long they took."""
@@ -110,23 +110,26 @@ class AttemptRecord:
         if self._mark is not None:
             self._mark.close()
 
-    def _cost_meter(self) -> CostMeter | None:
+    def _cost_meter(self, first: StageConfig) -> CostMeter | None:
         # What an earlier attempt said of its machine is not this one's.
         self._status.note(usd_per_hour=None, **{_field(tag): None for tag in (COST, COST_PER_EPOCH, COST_AT_END)})
         spent_usd = self._history.cost_usd(time.time(), self._usd_per_hour)
         # An unreadable ledger was warned of: what the run cost so far is not known.
         if self._usd_per_hour is None or spent_usd is None or not self._history.attempts:
             return None
+        config = self._config
+        left = config.stages[config.stages.index(first) :]
         stages = [
             StageWork(
-                self._config.first_global_step(stage),
+                config.first_global_step(stage),
                 stage.epochs * stage.steps_per_epoch,
                 stage.steps_per_epoch,
-                step_tflop(self._config, stage),
+                # To count takes a second or two, and the last stage is compared with nothing.
+                step_tflop(config, stage) if len(left) > 1 else 1.0,
             )
-            for stage in self._config.stages
+            for stage in left
         ]
-        return CostMeter(self._usd_per_hour, spent_usd, stages, self._config.logging.log_every_n_steps)
+        return CostMeter(self._usd_per_hour, spent_usd, stages, config.logging.log_every_n_steps)
 
     def _log_history(self, run_seconds: float, here: int) -> None:
         history = self._history

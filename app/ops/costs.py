@@ -38,7 +38,7 @@ class CostMeter:
     Args:
         usd_per_hour: price of the machine.
         spent_usd: what all attempts cost until now, this one included.
-        stages: all stages of the run, in their order.
+        stages: the stage that goes on and all later ones, in their order.
         every_n_steps: `logging.log_every_n_steps`.
         clock: seconds, monotonic.
     """
