@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from app.chaos_plan import add_arguments, plan_of
-from app.env import Environment, launcher_ranks
+from app.env import Environment, cluster_node, launcher_ranks
 from app.errors import AppError, ConfigError, Stopped
 from app.evaluate_plan import add_evaluate_arguments, evaluate_plan
 from app.log import setup_logging
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--fall-back", action="store_true", help="set the newest state aside and go on from the one before it"
     )
     train.add_argument("--beat-fd", type=int, help=argparse.SUPPRESS)
+    train.add_argument("--launcher", type=int, help=argparse.SUPPRESS)
     _add_runtime(supervise)
     keep = _command(commands, "supervise-trainer", _supervise_trainer, "train, again after a crash, within a budget")
     keep.add_argument("--pid-file", type=Path, metavar="FILE", help="where the trainer's process number stands")
@@ -104,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     try:
         env = Environment.read()
-        place = launcher_ranks()
-        logs = Workspace(env.workspace).logs if arguments.command == "train" else None
-        setup_logging(logs, env, 0 if place is None else place.rank)
+        place, node = launcher_ranks(), cluster_node()
+        writes = arguments.command == "train" and (node is None or node.rank == 0)
+        setup_logging(Workspace(env.workspace).logs if writes else None, env, 0 if place is None else place.rank)
     except AppError as error:
         if arguments.command == "supervise":
             return _park(str(error))
