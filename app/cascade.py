@@ -41,7 +41,7 @@ from app.train.samples import StageCases
 from app.train.silent import SilentCheckpoints, SilentLog, SilentRecord, SilentStatus, SilentTelemetry
 from app.train.stage import StageRun, train_stage
 from app.train.take_over import take_over
-from app.train.volume import volume_error, write_speed
+from app.train.volume import expect_writable, volume_error
 from app.workspace import RunDir, Workspace, atomic_write, remove_temporary_files
 
 log = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ class _Run:
         if self.ledger is None or not isinstance(self.status, RunStatus):
             self.pace = Pace(1.0)
             return SilentLog(), SilentRecord(), SilentTelemetry()
-        self.pace = self._measure_volume()
+        self.pace = Pace(expect_writable(self.run_dir.path))
         self._rewind(point)
         run_log = self._open_log()
         record = AttemptRecord(self.run_dir, self.ledger, self.notifier, run_log, self.status)
@@ -354,22 +354,6 @@ class _Run:
             self.progress.write(headline, self.status.eta_s())
         except OSError as error:
             log.warning("%s cannot be written: %s", self.run_dir.progress_png, error.strerror)
-
-    def _measure_volume(self) -> Pace:
-        """How fast checkpoints will be written.
-
-        Raises:
-            MachineError: nothing can be written at all.
-        """
-        try:
-            speed = write_speed(self.run_dir.path)
-        except OSError as error:
-            raise MachineError(
-                f"{self.run_dir.path} does not take a test file of 16 MiB: {error.strerror}. The checkpoints so far "
-                "are whole. Make room or mount a larger volume, then run the same command"
-            ) from error
-        log.info("the volume writes %.0f MiB/s", speed)
-        return Pace(speed)
 
     def _rewind(self, point: ResumePoint) -> None:
         stage, counters = point.stage, point.counters

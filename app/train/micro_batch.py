@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from app.train.parallel import Ranks
 from app.workspace import atomic_write
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 """A CPU's allocator has no error of its own."""
@@ -85,12 +87,19 @@ class MicroBatches:
         """Samples of a forward pass of this process."""
         return self._ranks.micro_batch(stage, self._fits.get(stage.name))
 
-    def halve(self, stage: StageConfig) -> None:
-        """The size did not fit: half of it from now on, in every process.
+    def until_it_fits(self, stage: StageConfig, work: Callable[[], T]) -> T:
+        """Do `work`, and again with half the samples at a time as often as it raises `MicroBatchTooLarge`.
 
         Raises:
             MachineError: a single sample did not fit; the message has a table of what would.
         """
+        while True:
+            # The tensors of the failed attempt live as long as its exception, which ends here.
+            with suppress(MicroBatchTooLarge):
+                return work()
+            self._halve(stage)
+
+    def _halve(self, stage: StageConfig) -> None:
         before = self.size(stage)
         if self._device.type == "cuda":
             # What is cached in pieces of the old size is in the way of larger pieces.

@@ -1,4 +1,4 @@
-"""Each stage at full size before its first step, so that one that cannot work fails now and not in the middle of a night.
+"""Each stage at full size before the first step of the run, so that what cannot work fails now and not at night.
 
 A stage takes two optimizer steps (from the second on the optimizer has its moments), validates, is saved to the volume,
 and is read back, all by the code that trains. Nothing of it is kept, and nothing in the run depends on it.
@@ -24,7 +24,7 @@ from app.train.checkpoint import CheckpointFolder, Counters
 from app.train.ema import tensors_hash
 from app.train.handover import new_state
 from app.train.memory import memory_of
-from app.train.micro_batch import MicroBatches, MicroBatchTooLarge, refused_when_full
+from app.train.micro_batch import MicroBatches, refused_when_full
 from app.train.parallel import Ranks
 from app.train.precision import Precision
 from app.train.protocols import Stop
@@ -74,6 +74,9 @@ class Rehearsal:
             MachineError: a stage does not fit into memory, or its checkpoint does not come back whole.
             Stopped: asked to stop.
         """
+        if self.ranks.is_first:
+            # Of an attempt that was killed in the middle.
+            shutil.rmtree(self.run_dir.rehearsal, ignore_errors=True)
         due = self.ranks.first(lambda: self._due(stages))
         seconds = 0.0
         for stage in due:
@@ -99,7 +102,7 @@ class Rehearsal:
         train, val = (StageCases(self.store, cases, stage.resolution, lowres) for cases in (self.train, self.val))
         state = new_state(self.config, stage, self.device, self.precision, "rehearsal", None)
         state.model.train()
-        step_s = self._steps(state, train)
+        step_s = self.micro_batches.until_it_fits(stage, lambda: self._steps(state, train))
         tick = time.monotonic()
         with self.precision.autocast():
             validate(state.ema.model, val, train, self._one_chunk(), 0, self.stop, self.ranks)
@@ -127,15 +130,11 @@ class Rehearsal:
         stage, window = state.stage, self.config.data.hu_window
         order = [index % len(train) for index in range(stage.batch)]
         seconds = 0.0
+        chunks = self.ranks.micro_batches(order, stage, self.micro_batches.size(stage))
         while state.progress.step < STEPS:
-            chunks = self.ranks.micro_batches(order, stage, self.micro_batches.size(stage))
             tick = time.monotonic()
-            try:
-                loader = batches(train, chunks, self.device, window)
-                train_step(state, loader, self.config.physics.weight, self.stop, self.ranks)
-            except MicroBatchTooLarge:
-                self.micro_batches.halve(stage)
-                continue
+            loader = batches(train, chunks, self.device, window)
+            train_step(state, loader, self.config.physics.weight, self.stop, self.ranks)
             state.progress.step += 1
             seconds = time.monotonic() - tick
         return seconds
@@ -149,9 +148,8 @@ class Rehearsal:
     def _save_and_load(self, state: StageState) -> str:
         """Write a checkpoint where the run's will lie, verify it and read it back; what that cost, in words."""
         scratch = RunDir(self.run_dir.rehearsal)
-        shutil.rmtree(scratch.path, ignore_errors=True)
-        scratch.ensure()
         try:
+            scratch.ensure()
             before, tick = _content(state), time.monotonic()
             folder = CheckpointFolder(scratch)
             folder.publish(state.stage.name, ["last"], state.payload(), Counters(0, STEPS))
@@ -168,6 +166,11 @@ class Rehearsal:
                 f"checkpoint of {mib:.0f} MiB written in {written - tick:.1f} s, verified and read in "
                 f"{time.monotonic() - written:.1f} s"
             )
+        except OSError as error:
+            raise MachineError(
+                f"{self.run_dir.path} does not take a checkpoint of {state.stage.name}, which was tried before the "
+                f"first step: {error.strerror}. Make room or mount a larger volume, then run the same command"
+            ) from error
         finally:
             shutil.rmtree(scratch.path, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from app.errors import NumericsError, Stopped
 from app.tags import ALARM, VAL_GAIN, VAL_PROJECTION_ERROR, VAL_PSNR, VAL_XRAY_USE
 from app.train.checkpoint import CheckpointFolder, kinds_at_epoch_end
 from app.train.flops import peak_tflop_per_s, training_tflop
-from app.train.micro_batch import MicroBatches, MicroBatchTooLarge
+from app.train.micro_batch import MicroBatches
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
 from app.train.protocols import Draw, Grace, RunLog, Status, Stop, Telemetry
@@ -86,11 +86,7 @@ def train_stage(state: StageState, run: StageRun) -> None:
         elif state.step_in_epoch == 0:
             _complete_files(state, run, saver)
         while progress.epochs < stage.epochs:
-            try:
-                _train_epoch(state, run, saver, speed)
-            except MicroBatchTooLarge:
-                run.micro_batches.halve(stage)
-                continue
+            run.micro_batches.until_it_fits(stage, lambda: _train_epoch(state, run, saver, speed))
             _end_epoch(state, run, saver)
         # The first process may be stopped while it waits for the volume, and the others would wait for it.
         run.ranks.everyone(saver.drain)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import shutil
 import time
 from pathlib import Path
 
+from app.errors import MachineError
+
+log = logging.getLogger(__name__)
 MIB, GIB = 2**20, 2**30
 TEST_BLOCKS = 16
 """Of a MiB each."""
@@ -31,6 +35,23 @@ def write_speed(folder: Path) -> float:
         return TEST_BLOCKS / (time.monotonic() - started)
     finally:
         path.unlink(missing_ok=True)
+
+
+def expect_writable(folder: Path) -> float:
+    """As `write_speed`, before a run begins.
+
+    Raises:
+        MachineError: nothing can be written at all.
+    """
+    try:
+        speed = write_speed(folder)
+    except OSError as error:
+        raise MachineError(
+            f"{folder} does not take a test file of {TEST_BLOCKS} MiB: {error.strerror}. The checkpoints so far are "
+            "whole. Make room or mount a larger volume, then run the same command"
+        ) from error
+    log.info("the volume writes %.0f MiB/s", speed)
+    return speed
 
 
 def expect_room(folder: Path, size: int, spare_gib: float) -> None:

@@ -44,7 +44,9 @@ from app.train.checkpoint import CheckpointFolder
 from app.train.ema import EMA
 from app.train.handover import new_state
 from app.train.loss import sample_losses
+from app.train.micro_batch import MicroBatches
 from app.train.pace import Pace
+from app.train.parallel import ALONE
 from app.train.precision import Precision
 from app.train.samples import StageCases
 from app.train.stage import StageRun, train_stage
@@ -169,6 +171,7 @@ def ours(config: Config, steps: int, folder: Path, tick: Tick) -> None:
             mark=marked,
             after_epoch=lambda: None,
             first_global_step=0,
+            micro_batches=MicroBatches(config, run_dir.micro_batches, CPU, "fp32", ALONE),
         ),
     )
     telemetry.close()

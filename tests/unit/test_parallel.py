@@ -89,7 +89,7 @@ def missing_gradients(ranks: Ranks, folder: Path) -> Any:
     layer = torch.nn.Linear(2, 1)
     layer.weight.grad = torch.tensor([[4.0, 8.0]]) if ranks.is_first else None
     terms, flags = ranks.reduce_step(layer, torch.tensor([1.0 + ranks.rank, 5.0]), False, ranks.rank == 1)
-    return layer.weight.grad, layer.bias.grad, terms, stop
+    return layer.weight.grad, layer.bias.grad, terms, flags
 
 
 def validation(ranks: Ranks, folder: Path) -> Any:
@@ -338,11 +338,11 @@ def test_an_fp16_overflow_in_one_process_is_one_in_all(two: list[dict[str, Any]]
 def test_a_missing_gradient_counts_as_zero(two: list[dict[str, Any]]) -> None:
     """The mean of (4, 8) and nothing is (2, 4); a parameter without any gradient gets zeros, in both processes."""
     for outcome in two:
-        weight, bias, terms, stop = outcome["missing_gradients"]
+        weight, bias, terms, flags = outcome["missing_gradients"]
         assert torch.equal(weight, torch.tensor([[2.0, 4.0]]))
         assert torch.equal(bias, torch.zeros(1))
         assert terms.tolist() == [1.5, 5.0]
-        assert stop is False
+        assert flags == [False, True]
 
 
 def test_the_figures_of_a_validation_are_those_of_one_process(two: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from app.errors import NumericsError, Stopped
 from app.ops.panels import validation_panel
 from app.train.checkpoint import CheckpointFolder
 from app.train.handover import measure_training_cases, new_state
+from app.train.micro_batch import MicroBatches
 from app.train.pace import Pace
+from app.train.parallel import ALONE
 from app.train.precision import Precision
 from app.train.samples import StageCases
 from app.train.silent import SilentTelemetry
@@ -87,6 +89,7 @@ def set_up(folder: Path, *overrides: str, stop_after: int = 10**9) -> tuple[Stag
         mark=lambda step, seconds: None,
         after_epoch=lambda: None,
         first_global_step=100,
+        micro_batches=MicroBatches(config, folder / "micro_batches.json", CPU, "fp32", ALONE),
     )
     return state, run, recorder
 
