@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -175,14 +176,17 @@ def _park(problem: str) -> int:
 def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
     from app.config_file import load_config
     from app.ops.notify import Notifier
+    from app.ops.supervise_node import NodeSupervision
     from app.ops.supervise_trainer import StopRequest, Supervision
 
     def load() -> Config:
         return load_config(_config_path(arguments, env), arguments.overrides, env)
 
-    stop = StopRequest()
-    with Notifier(env, run=env.run_name, stop=stop) as notifier:
-        return Supervision(
+    stop, node = StopRequest(), cluster_node()
+    follows = node is not None and node.rank > 0
+    heard = replace(env, notify_url=None) if follows else env
+    with Notifier(heard, run=env.run_name, stop=stop) as notifier:
+        return (NodeSupervision if follows else Supervision)(
             load_config=load,
             train_arguments=_train_arguments(arguments),
             stages=arguments.stages,
@@ -190,6 +194,7 @@ def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
             stop=stop,
             pid_file=arguments.pid_file,
             notifier=notifier,
+            in_cluster=node is not None,
         ).run()
 
 

@@ -24,6 +24,7 @@ import app.train.handover
 import app.train.pace
 import app.train.saver
 import app.train.stage
+import app.train.step
 from app.train.checkpoint import CheckpointFolder, _HashingFile
 
 LINGER_S = 0.4
@@ -155,7 +156,7 @@ def kill_in_retention(nth: Nth) -> None:
 
 def in_step(nth: Nth) -> None:
     """An optimizer step is under way."""
-    before(app.train.stage, "_losses", lambda *_: nth())
+    before(app.train.step, "_losses", lambda *_: nth())
 
 
 def in_validation(nth: Nth) -> None:
@@ -187,7 +188,7 @@ def in_native_call(nth: Nth) -> None:
             Path(os.environ["REACHED"]).touch()
             hashlib.pbkdf2_hmac("sha256", b"", b"", NATIVE_ROUNDS)
 
-    before(app.train.stage, "_losses", fault)
+    before(app.train.step, "_losses", fault)
 
 
 def on_a_slow_volume(nth: Nth) -> None:
@@ -203,7 +204,7 @@ def out_of_memory(nth: Nth) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     nth.fault = fault
-    before(app.train.stage, "_losses", lambda *_: nth())
+    before(app.train.step, "_losses", lambda *_: nth())
 
 
 def main() -> int:
