@@ -126,8 +126,8 @@ class Meeting(RendezvousHandler):
         address, port = self.node.address, self.node.port
         try:
             family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise MachineError(f"MASTER_ADDR {address}: no such address ({error.strerror})") from error
+        except (OSError, UnicodeError) as error:
+            raise MachineError(f"MASTER_ADDR {address}: no such address ({error})") from error
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
