@@ -111,7 +111,9 @@ class Agent(SimpleElasticAgent):
         if descriptors:
             signal.signal(signal.SIGUSR1, self._want_traces)
         self._stop.at_once(self._terminate)
-        log.info("%d processes on this machine, %d in the run", len(self._children), worker_group.workers[0].world_size)
+        log.info(
+            "processes: %d on this machine, %d in the run", len(self._children), worker_group.workers[0].world_size
+        )
         return {local_rank: child.pid for local_rank, child in self._children.items()}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

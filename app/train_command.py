@@ -46,8 +46,9 @@ def train_command(
     if arguments.launcher is not None:
         stop_with(arguments.launcher)
     place, node = launcher_ranks(), cluster_node()
-    writes = (place is None or place.rank == 0) and (node is None or node.rank == 0)
-    if node is not None and node.rank > 0:
+    on_first_machine = node is None or node.rank == 0
+    writes = on_first_machine and (place is None or place.rank == 0)
+    if not on_first_machine:
         hide_native_log()
     polled: Callable[[], bool] = stop
     # On the other machines the launcher gives the signs of life: its processes wait for the first one's, silently.
@@ -62,7 +63,7 @@ def train_command(
     try:
         # A process that watches over this one says itself why it ends.
         with Notifier(heard, run=env.run_name, stop=stop, tells_end=arguments.beat_fd is None) as notifier:
-            return _train(arguments, env, load, polled, stop, ranks, notifier, began, writes)
+            return _train(arguments, env, load, polled, stop, ranks, notifier, began, writes, on_first_machine)
     except Stopped as error:
         log.info("%s; the same command goes on from here", error)
         return error.exit_code
@@ -78,6 +79,7 @@ def _train(
     notifier: Notifier,
     began: float,
     writes: bool,
+    on_first_machine: bool,
 ) -> int:
     """Train, and leave in the run folder why the run was refused or crashed; the exit code."""
     from app.ops.crash_budget import record_crash
@@ -108,7 +110,8 @@ def _train(
     except Exception as error:
         full = volume_error(error)
         if full is None:
-            if run_dir is not None and writes:
+            # Of several processes the first one knows only that another is gone.
+            if run_dir is not None and on_first_machine:
                 record_crash(error, run_dir)
             raise
         problem = MachineError(

@@ -88,7 +88,7 @@ def test_the_second_machine_only_reads_the_cache_and_the_curves_are_those_of_one
     first, second = both_end(nodes)
     assert [node.returncode for node in nodes] == [0, 0], first + second
     assert list(volumes[1].iterdir()) == [volumes[1] / "cache"]
-    assert "1 processes on this machine, 2 in the run" in second
+    assert "processes: 1 on this machine, 2 in the run" in second
     assert "Traceback" not in first + second
     assert_same_curves(volumes[0] / RUN, alone)
 

@@ -81,7 +81,7 @@ def test_two_processes_draw_the_curves_of_one(tmp_path: Path, alone: Path) -> No
     """The same command with compute.processes=2: exit code 0, the same files, every point of every curve."""
     code, output = train(tmp_path, *TWO, *SHORT)
     assert code == 0, output
-    assert "2 processes on this machine, 2 in the run" in output
+    assert "processes: 2 on this machine, 2 in the run" in output
     assert "rank 1" not in output
     assert sorted(path.name for path in (tmp_path / RUN).iterdir()) == sorted(path.name for path in alone.iterdir())
     assert len(list((tmp_path / RUN / "tensorboard").iterdir())) == 1
@@ -137,6 +137,18 @@ def test_a_refusal_keeps_its_code_and_is_said_once(tmp_path: Path) -> None:
     (tmp_path / RUN).mkdir(parents=True)
     refused(tmp_path, 78, *TWO, "--set", "stages.*.batch=3")
     assert (tmp_path / RUN / "REASON").read_text().startswith("exit code 78\n")
+
+
+def test_a_crash_of_the_second_process_is_on_record(tmp_path: Path) -> None:
+    """Exit code 1 and one traceback; the supervisor will see whether the same error comes again at the same step."""
+    process = start(tmp_path, *TWO, fault="crash_in_the_second_process:3")
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1, output
+    assert output.count("Traceback") == 1
+    errors = [line for line in read_lines(tmp_path / RUN / "attempts.jsonl") if line["event"] == "error"]
+    assert [(line["error"].split(":")[0], line["global_step"]) for line in errors] == [
+        ("RuntimeError at app/train/step.py", 2)
+    ]
 
 
 def test_a_killed_launcher_leaves_nobody(tmp_path: Path, alone: Path) -> None:
