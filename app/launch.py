@@ -30,6 +30,7 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerSpec,
     WorkerState,
 )
+from torch.distributed.elastic.events import Event, EventSource
 
 from app.env import ClusterNode, process_environment
 from app.errors import AppError, Stopped
@@ -74,7 +75,7 @@ class Agent(SimpleElasticAgent):
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._code: int | None = None
         """Exit code of the first process that failed."""
-        self._failed_at = 0.0
+        self._failed_at, self._announced, self._alone = 0.0, False, meeting.node.count == 1
         self._traces_wanted = False
 
     def exit_code(self) -> int:
@@ -127,15 +128,17 @@ class Agent(SimpleElasticAgent):
                 return RunResult(WorkerState.HEALTHY)
             return RunResult(WorkerState.SUCCEEDED, {worker.global_rank: None for worker in worker_group.workers})
         patience_s = AGREED_S if self._code > AppError.exit_code else GONE_S
-        if len(codes) < len(self._children) and time.monotonic() - self._failed_at < patience_s:
+        # Another machine may know better why a process found the others gone.
+        settled = len(codes) == len(self._children) and (self._alone or self._code != AppError.exit_code)
+        if not settled and time.monotonic() - self._failed_at < patience_s:
             return RunResult(WorkerState.HEALTHY)
         return RunResult(WorkerState.FAILED)
 
     def _look_for_failure(self, codes: dict[int, int], worker_group: WorkerGroup) -> None:
         """Set the exit code of the first process that failed; one that only found another gone gives way to that."""
-        before = self._code
+        before, unexplained = self._code, (None, AppError.exit_code)
         failed = {rank: code for rank, code in codes.items() if code != 0}
-        if failed and self._code in (None, AppError.exit_code):
+        if failed and self._code in unexplained:
             rank = min(failed, key=lambda rank: (failed[rank] == AppError.exit_code, rank))
             self._code = failed[rank]
             if self._code < 0 and not self._stop():
@@ -146,12 +149,17 @@ class Agent(SimpleElasticAgent):
                     self._children[rank].pid,
                     _signal_name(-self._code),
                 )
-        if before is None and self._code is not None:
-            self._code = self._meeting.announce(self._code)
-        elif self._code is None:
-            self._code = self._meeting.over()
+        if self._code in unexplained:
+            self._code = self._meeting.over() or self._code
+        else:
+            self._announce()
         if before is None and self._code is not None:
             self._failed_at = time.monotonic()
+
+    def _announce(self) -> None:
+        if self._code is not None and not self._announced:
+            self._announced = True
+            self._code = self._meeting.announce(self._code)
 
     def _stop_workers(self, worker_group: WorkerGroup, is_restart: bool = False) -> None:
         self._shutdown()
@@ -160,6 +168,7 @@ class Agent(SimpleElasticAgent):
         self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, is_restart: bool = False
     ) -> None:
         """End what is left of the processes, and tell the other machines."""
+        self._announce()
         self._terminate()
         self._kill_after(min(LEAVE_S, self._stop.seconds_left()))
         for child in self._children.values():
@@ -167,6 +176,10 @@ class Agent(SimpleElasticAgent):
                 child.wait(KILLED_S)
         if self._code is not None:
             self._meeting.leave(min(FAREWELL_S, self._stop.seconds_left()))
+
+    def _construct_event(self, state: str, source: EventSource, *_unused: Any, **_unused_too: Any) -> Event:
+        """Nobody listens to torch's events, and for each of them it would look this machine's name up in the DNS."""
+        return Event(state, source)
 
     def _left(self) -> list[subprocess.Popen[bytes]]:
         return [child for child in self._children.values() if child.poll() is None]
