@@ -30,7 +30,7 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerSpec,
     WorkerState,
 )
-from torch.distributed.elastic.events import Event, EventSource
+from torch.distributed.elastic.events.api import Event, EventSource
 
 from app.env import ClusterNode, process_environment
 from app.errors import AppError, Stopped
