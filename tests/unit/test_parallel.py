@@ -17,6 +17,7 @@ import torch.multiprocessing
 
 from app.data.report import NothingUsable, PrepareReport
 from app.errors import AppError, ConfigError, DataError, MachineError, NumericsError, Stopped
+from app.train.micro_batch import MicroBatches
 from app.train.parallel import ALONE, Ranks, interleaved, join, processes_here
 from app.train.samples import Batch, StageCases
 from app.train.state import StageState
@@ -26,6 +27,7 @@ from tests.conftest import tiny_config
 from tests.unit.test_stage import MemoryStore, set_up
 from tests.unit.test_state import batch, new
 
+CPU = torch.device("cpu")
 CASES = 10
 """Held-out cases of the comparison: three chunks, so that the processes get different numbers of them."""
 
@@ -62,6 +64,29 @@ def stopped_step(ranks: Ranks, folder: Path) -> Any:
     text = failure(lambda: train_step(state, loader, 0.01, lambda: not next(polls, False), ranks))
     same = all(torch.equal(one, other) for one, other in zip(before, state.model.parameters(), strict=True))
     return text, same
+
+
+def too_large_step(ranks: Ranks, folder: Path) -> Any:
+    """Only the last process has no room for two samples at a time; how many each takes, and the outcome."""
+    state = new(f"stages.*.batch={4 * ranks.size}")
+    sizes = MicroBatches(state.config, folder.parent / f"{ranks.rank}.json", CPU, "fp32", ranks)
+    mine, taken = ranks.samples(4 * ranks.size), []
+
+    def full(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if ranks.rank == ranks.size - 1 and len(inputs[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def step() -> float:
+        size = sizes.size(state.stage)
+        taken.append(size)
+        pieces = [slice(start, start + size) for start in range(mine.start, mine.stop, size)]
+        whole = batch(4 * ranks.size)
+        loader = iter([Batch(whole.x_0[piece], whole.xrays[piece], None) for piece in pieces])
+        return train_step(state, loader, 0.01, lambda: False, ranks).diffusion
+
+    state.model.backbone.register_forward_pre_hook(full)
+    loss = sizes.until_it_fits(state.stage, step)
+    return taken, loss, state.model.state_dict(), sorted(file.name for file in folder.parent.glob("*.json"))
 
 
 def broken_step(ranks: Ranks, folder: Path) -> Any:
@@ -154,6 +179,7 @@ def failure(work: Callable[[], Any]) -> tuple[int, str, bool]:
 SCENES = (
     steps,
     stopped_step,
+    too_large_step,
     broken_step,
     overflowing_step,
     missing_gradients,
@@ -316,6 +342,16 @@ def test_a_stop_of_one_process_is_a_stop_of_all(two: list[dict[str, Any]]) -> No
         in_losses, in_pictures = outcome["stopped_validation"]
         assert in_losses[:2] == (Stopped.exit_code, "stopped in validation")
         assert in_pictures[:2] == (Stopped.exit_code, "stopped while sampling")
+
+
+def test_what_does_not_fit_one_process_is_halved_in_all(two: list[dict[str, Any]]) -> None:
+    """4, 2, then 1 at a time in both, with the same loss and weights after the step; the first one remembers."""
+    (taken, loss, weights, files), (other_taken, other_loss, other_weights, _) = (one["too_large_step"] for one in two)
+    assert taken == other_taken == [4, 2, 1]
+    assert loss == other_loss
+    assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
+    assert "0.json" in files
+    assert "1.json" not in files
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(two: list[dict[str, Any]]) -> None:
