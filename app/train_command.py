@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MARKED_WITHIN_S = 1.0
+
 
 def train_command(
     arguments: argparse.Namespace, env: Environment, load: Callable[[], Config], leave: Callable[[], None]
@@ -112,6 +114,9 @@ def _train(
         if full is None:
             # Of several processes the first one knows only that another is gone.
             if run_dir is not None and on_first_machine:
+                if not ranks.is_first:
+                    # It is still about to mark the last step of all, at which the same error may come again.
+                    time.sleep(MARKED_WITHIN_S)
                 record_crash(error, run_dir)
             raise
         problem = MachineError(
