@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from app.chaos_plan import add_arguments, plan_of
-from app.env import Environment, launcher_ranks
+from app.env import Environment, cluster_node, launcher_ranks
 from app.errors import AppError, ConfigError, Stopped
 from app.evaluate_plan import add_evaluate_arguments, evaluate_plan
 from app.log import setup_logging
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--fall-back", action="store_true", help="set the newest state aside and go on from the one before it"
     )
     train.add_argument("--beat-fd", type=int, help=argparse.SUPPRESS)
+    train.add_argument("--launcher", type=int, help=argparse.SUPPRESS)
     _add_runtime(supervise)
     keep = _command(commands, "supervise-trainer", _supervise_trainer, "train, again after a crash, within a budget")
     keep.add_argument("--pid-file", type=Path, metavar="FILE", help="where the trainer's process number stands")
@@ -107,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     try:
         env = Environment.read()
-        place = launcher_ranks()
-        logs = Workspace(env.workspace).logs if arguments.command == "train" else None
-        setup_logging(logs, env, 0 if place is None else place.rank)
+        place, node = launcher_ranks(), cluster_node()
+        writes = arguments.command == "train" and (node is None or node.rank == 0)
+        setup_logging(Workspace(env.workspace).logs if writes else None, env, 0 if place is None else place.rank)
     except AppError as error:
         if arguments.command == "supervise":
             return _park(str(error))
@@ -177,14 +179,17 @@ def _park(problem: str) -> int:
 def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
     from app.config_file import load_config
     from app.ops.notify import Notifier
+    from app.ops.supervise_node import NodeSupervision
     from app.ops.supervise_trainer import StopRequest, Supervision
 
     def load() -> Config:
         return load_config(_config_path(arguments, env), arguments.overrides, env)
 
-    stop = StopRequest()
-    with Notifier(env, run=env.run_name, stop=stop) as notifier:
-        return Supervision(
+    stop, node = StopRequest(), cluster_node()
+    follows = node is not None and node.rank > 0
+    heard = replace(env, notify_url=None) if follows else env
+    with Notifier(heard, run=env.run_name, stop=stop) as notifier:
+        return (NodeSupervision if follows else Supervision)(
             load_config=load,
             train_arguments=_train_arguments(arguments),
             stages=arguments.stages,
@@ -192,6 +197,7 @@ def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
             stop=stop,
             pid_file=arguments.pid_file,
             notifier=notifier,
+            machines=1 if node is None else node.count,
         ).run()
 
 

@@ -94,7 +94,8 @@ def train(
         if isinstance(status, RunStatus):
             fields = status.fields
             notifier.where = lambda: fields
-        store, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
+        made, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
+        store = ranks.everyone(lambda: made if ranks.node == 0 else made.seen_from(workspace.cache))
         _Run(
             config, workspace, env, stop, grace, fence, run_dir, status, store, split, device, ranks, ledger, notifier
         ).train(only)

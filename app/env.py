@@ -82,6 +82,20 @@ VARIABLES = (
     ),
 )
 
+CLUSTER_VARIABLES = (
+    Variable("NUM_NODES", "1", "Set by RunPod on an Instant Cluster: its machines, which train one run."),
+    Variable(
+        "NODE_RANK", "", "Set with it: the number of this machine. The first one, 0, writes and has the dashboard."
+    ),
+    Variable(
+        "MASTER_ADDR", "", "Set with it: the first machine's address in the cluster's own network; or `PRIMARY_ADDR`."
+    ),
+    Variable("MASTER_PORT", "", "Set with it: the port that the machines meet at; or `PRIMARY_PORT`."),
+)
+"""Read only where NUM_NODES is more than one: some of them stand on machines that are by themselves, too."""
+INTERFACES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
+"""What tells torch's two backends which network the processes of a run talk through; NCCL's `=` is an exact match."""
+
 
 class Secret:
     """A value that shows itself only on request."""
@@ -206,10 +220,14 @@ class LauncherRanks:
     size: int
     local_rank: int
     """Among the processes of this machine: the number of its GPU."""
+    local_size: int
+    """Processes of this machine."""
+    node: int
+    """Number of this machine."""
 
 
 def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | None:
-    """The place of a process that `torch.distributed.run` started, or None.
+    """The place of a process that `app.launch` or `torch.distributed.run` started, or None.
 
     RANK and WORLD_SIZE alone are not enough: RunPod's clusters set such variables for every process of a pod, and a
     plain `python -m app train` that believed them would wait for processes that nobody starts.
@@ -217,7 +235,54 @@ def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | 
     environ = os.environ if environ is None else environ
     if "TORCHELASTIC_RUN_ID" not in environ:
         return None
-    return LauncherRanks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+    return LauncherRanks(*(int(environ[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """This machine among those that train one run together."""
+
+    rank: int
+    count: int
+    address: str
+    """Of the first machine."""
+    port: int
+
+
+def cluster_node(environ: Mapping[str, str] | None = None) -> ClusterNode | None:
+    """This machine's place in a cluster; None for one by itself.
+
+    Raises:
+        ConfigError: NUM_NODES says that there is a cluster, and the other variables do not say where this machine is.
+    """
+    environ = os.environ if environ is None else environ
+    count = _whole(environ, "NUM_NODES", "1", 1)
+    if count == 1:
+        return None
+    address = (environ.get("MASTER_ADDR") or environ.get("PRIMARY_ADDR") or "").strip()
+    if not address:
+        raise ConfigError(f"NUM_NODES is {count}, and neither MASTER_ADDR nor PRIMARY_ADDR names the first machine")
+    rank = _whole(environ, "NODE_RANK", "", 0, count - 1)
+    port = _whole(environ, "MASTER_PORT", environ.get("PRIMARY_PORT", ""), 1, LARGEST_PORT)
+    return ClusterNode(rank, count, address, port)
+
+
+def process_environment(place: Mapping[str, str], interface: str | None) -> dict[str, str]:
+    """What a process of a launched run gets: a child's environment with its place.
+
+    Args:
+        place: RANK and its like.
+        interface: of the network between the processes; a choice that stands in the environment goes before it.
+    """
+    found = {} if interface is None else {name: text.format(interface) for name, text in INTERFACES.items()}
+    chosen = {name: text for name, text in found.items() if not os.environ.get(name)}
+    return child_environment({**chosen, **place})
+
+
+def hide_native_log() -> None:
+    """Before torch is imported: its C++ parts print stack traces where another machine is gone, which is no mystery."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def preset_ranks(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -288,6 +353,14 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"environment variable {name}: expected one of {', '.join(choices)}, found {value!r}")
     return value
+
+
+def _whole(environ: Mapping[str, str], name: str, default: str, least: int, most: int | None = None) -> int:
+    text = environ.get(name, "").strip() or default
+    if not (text.isascii() and text.isdigit()) or int(text) < least or (most is not None and int(text) > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"environment variable {name}: expected a whole number {limits}, found {text!r}")
+    return int(text)
 
 
 def _webhook(text: str | None) -> Secret | None:

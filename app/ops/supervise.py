@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.env import Environment, child_environment, this_pod
+from app.env import Environment, child_environment, cluster_node, this_pod
 from app.errors import MachineError, Stopped
 from app.ops.startup import RUNTIME, is_mounted, runtime_folder, sshd_command, write_shell_file
 
@@ -140,7 +140,13 @@ def supervise(env: Environment, train_arguments: Sequence[str], runtime: Path = 
     pid_file = folder / PID_FILE
     pid_file.unlink(missing_ok=True)
     arguments = [*train_arguments, "--pid-file", str(pid_file)]
-    added = {"PYTHON": sys.executable, "TRAIN_ARGS": shlex.join(arguments), "RUNTIME_DIR": str(folder)}
+    node = cluster_node()
+    added = {
+        "PYTHON": sys.executable,
+        "TRAIN_ARGS": shlex.join(arguments),
+        "RUNTIME_DIR": str(folder),
+        "SERVES": "true" if node is None or node.rank == 0 else "false",
+    }
     return Shim(pid_file, child_environment(added)).run(sshd)
 
 
