@@ -12,6 +12,9 @@ from typing import Self
 from app.errors import ConfigError
 
 PLACEHOLDER = re.compile(r"\s*\{\{.*\}\}\s*", re.DOTALL)
+RUNPOD_PLACEHOLDER = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}")
+PRESET_BY_CLUSTERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NUM_NODES", "NUM_TRAINERS")
+WANDB_API = "https://api.wandb.ai"
 SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$|^NOTIFY_URL$")
 WEBHOOK = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][!-~]*)?", re.IGNORECASE)
 SHORTEST_SECRET = 4
@@ -64,6 +67,11 @@ VARIABLES = (
         "PUBLIC_KEY", "", "SSH public keys, a line each: turns the container's SSH server on, for these keys only."
     ),
     Variable("RUNPOD_POD_ID", "", "Set by RunPod: the container runs on this pod, which `pod.on_finish` may stop."),
+    Variable(
+        "RUNPOD_VOLUME_ID",
+        "",
+        "Set by RunPod where the pod has a network volume; without one the disk is deleted with the pod.",
+    ),
     Variable("RUNPOD_API_KEY", "", "Set by RunPod: stops the pod. At a desk: your key for the scripts. A secret."),
 )
 
@@ -109,6 +117,7 @@ class Environment:
     notify_url: Secret | None
     public_key: str | None
     runpod_pod_id: str | None
+    runpod_volume_id: str | None
     runpod_api_key: Secret | None
     secrets: tuple[Secret, ...]
     """Values of all variables whose names say that they are secret, ours or not; logs hide them."""
@@ -146,10 +155,23 @@ class Environment:
             notify_url=_webhook(values["NOTIFY_URL"]),
             public_key=values["PUBLIC_KEY"],
             runpod_pod_id=values["RUNPOD_POD_ID"],
+            runpod_volume_id=values["RUNPOD_VOLUME_ID"],
             runpod_api_key=None if runpod_key is None else Secret(runpod_key),
             secrets=_secrets(environ),
             warnings=tuple(warnings),
         )
+
+    @classmethod
+    def read_usable(cls, environ: Mapping[str, str] | None = None) -> tuple[Self, tuple[str, ...]]:
+        """The environment without the variables that have a value they may not have, and what is wrong with each."""
+        usable, problems = dict(os.environ if environ is None else environ), []
+        for variable in VARIABLES:
+            try:
+                cls.read({variable.name: usable.get(variable.name, "")})
+            except ConfigError as error:
+                problems.append(str(error))
+                del usable[variable.name]
+        return cls.read(usable), tuple(problems)
 
     @property
     def wandb_on(self) -> bool:
@@ -179,6 +201,33 @@ def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | 
     if "TORCHELASTIC_RUN_ID" not in environ:
         return None
     return LauncherRanks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]))
+
+
+def preset_ranks(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of a launcher that are set though none started this process, as on RunPod's clusters."""
+    environ = os.environ if environ is None else environ
+    if launcher_ranks(environ) is not None:
+        return {}
+    return {name: environ[name] for name in PRESET_BY_CLUSTERS if environ.get(name, "").strip()}
+
+
+def unresolved_placeholders(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`{{ RUNPOD_SECRET_name }}` by the variable, ours or not, that holds it in place of a secret."""
+    environ = os.environ if environ is None else environ
+    found = {}
+    for name, text in sorted(environ.items()):
+        match = RUNPOD_PLACEHOLDER.search(text)
+        if match:
+            found[name] = match[0]
+        elif _is_placeholder(text) and (SECRET_NAME.search(name) or any(name == each.name for each in VARIABLES)):
+            found[name] = text.strip()
+    return found
+
+
+def wandb_api(environ: Mapping[str, str] | None = None) -> str:
+    """Address of Weights & Biases, which reads WANDB_BASE_URL itself."""
+    environ = os.environ if environ is None else environ
+    return environ.get("WANDB_BASE_URL", "").strip().rstrip("/") or WANDB_API
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> str | None:

@@ -37,7 +37,16 @@ SHOWN = 300
 
 
 class PodError(MachineError):
-    """RunPod's API did not do what it was asked for."""
+    """RunPod's API did not do what it was asked for.
+
+    Args:
+        message: for people.
+        status: of the HTTP answer; None where there was no answer, or a refusal in one with status 200.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,19 @@ class RunPodApi:
         key: goes into the Authorization header, never into an address.
         base: address of the API.
         pause: sleeps for some seconds.
+        tries: of a request.
+        deadline_s: of a try.
     """
 
-    def __init__(self, key: Secret, base: str = API, pause: Callable[[float], None] = time.sleep) -> None:
-        self._key, self._base, self._pause = key, base, pause
+    def __init__(
+        self,
+        key: Secret,
+        base: str = API,
+        pause: Callable[[float], None] = time.sleep,
+        tries: int = TRIES,
+        deadline_s: float = REQUEST_DEADLINE_S,
+    ) -> None:
+        self._key, self._base, self._pause, self._tries, self._deadline_s = key, base, pause, tries, deadline_s
 
     def stop_pod(self, pod_id: str) -> str:
         """Stop a pod: its disk is kept, its GPU is no longer paid for.
@@ -118,10 +136,11 @@ class RunPodApi:
             raise PodError(f"{self._base}/graphql refused: {_shown(answer.get('errors') or answer)}")
         return data
 
-    def _request(self, path: str, body: dict[str, Any], tries: int = TRIES) -> dict[str, Any]:
+    def _request(self, path: str, body: dict[str, Any], tries: int | None = None) -> dict[str, Any]:
         """POST, answered with a JSON object; waits and tries again where that may help."""
         pause = FIRST_PAUSE_S
-        for left in reversed(range(tries)):
+        for left in reversed(range(self._tries if tries is None else tries)):
+            status = None
             try:
                 return self._once(path, body)
             except urllib.error.HTTPError as error:
@@ -129,14 +148,14 @@ class RunPodApi:
                     problem = (
                         f"{error.code} {error.reason}: {_shown(error.read(ANSWER_LIMIT).decode(errors='replace'))}"
                     )
-                hopeless = error.code not in TRY_AGAIN
+                status, hopeless = error.code, error.code not in TRY_AGAIN
                 pause = retry_after_s(error) or pause
             except (OSError, http.client.HTTPException) as error:
                 problem, hopeless = f"no answer: {error}", False
             except ValueError:
                 problem, hopeless = "the answer is not JSON", True
             if hopeless or not left:
-                raise PodError(f"POST {self._base}{path}: {problem}")
+                raise PodError(f"POST {self._base}{path}: {problem}", status)
             self._pause(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         raise ValueError("tries must be positive")
@@ -149,7 +168,7 @@ class RunPodApi:
             "User-Agent": "hybrid-vit-cascade",
         }
         request = urllib.request.Request(self._base + path, json.dumps(body).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=REQUEST_DEADLINE_S) as response:
+        with urllib.request.urlopen(request, timeout=self._deadline_s) as response:
             text = response.read(ANSWER_LIMIT)
         answer = json.loads(text) if text.strip() else {}
         return answer if isinstance(answer, dict) else {"answer": answer}

@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from app.env import VARIABLES, Environment, LauncherRanks, Secret, launcher_ranks
+from app.env import (
+    VARIABLES,
+    Environment,
+    LauncherRanks,
+    Secret,
+    launcher_ranks,
+    preset_ranks,
+    unresolved_placeholders,
+    wandb_api,
+)
 from app.errors import ConfigError
 
 
@@ -127,3 +136,42 @@ def test_only_the_elastic_launcher_makes_a_process_one_of_several():
     ranks = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
     assert launcher_ranks(ranks) is None
     assert launcher_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == LauncherRanks(rank=3, size=8, local_rank=1)
+
+
+def test_ranks_without_a_launcher_are_preset_by_the_cluster():
+    """With a launcher they are its own."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": " ", "PATH": "/bin"}
+    assert preset_ranks(ranks) == {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    assert preset_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == {}
+
+
+def test_placeholders_are_found_in_any_variable():
+    """In ours, in secrets of others, and inside a longer text; a text with braces of its own is none."""
+    environ = {
+        "RUN_NAME": "{{ name }}",
+        "HF_TOKEN": "{{ hf }}",
+        "AUTHORIZATION": "Bearer {{ RUNPOD_SECRET_hf }}",
+        "TEMPLATE": "{{ title }}",
+        "WANDB_API_KEY": "0123",
+    }
+    assert unresolved_placeholders(environ) == {
+        "AUTHORIZATION": "{{ RUNPOD_SECRET_hf }}",
+        "HF_TOKEN": "{{ hf }}",
+        "RUN_NAME": "{{ name }}",
+    }
+
+
+def test_the_usable_part_of_an_environment():
+    """Every value that a variable may not have is reported, and the others stand."""
+    env, problems = Environment.read_usable({"PORT": "http", "WANDB_MODE": "ofline", "RUNPOD_VOLUME_ID": "vol1"})
+    assert (env.port, env.wandb_mode, env.runpod_volume_id) == (6006, None, "vol1")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "environment variable PORT",
+        "environment variable WANDB_MODE",
+    ]
+
+
+def test_weights_and_biases_is_where_it_looks_itself():
+    """A server of one's own is in its own variable."""
+    assert wandb_api({}) == "https://api.wandb.ai"
+    assert wandb_api({"WANDB_BASE_URL": "http://wandb.example/"}) == "http://wandb.example"
