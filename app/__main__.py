@@ -79,6 +79,14 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(
         _command(commands, "chaos", _chaos, "rehearse the loss of machines: kill a run often, print a verdict")
     )
+    doctor = _command(
+        commands, "doctor", _doctor, "look for what is wrong before a run does: machine, volume, data, keys"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--offline", action="store_true", help="ask no server")
+    doctor.add_argument(
+        "--brief", action="store_true", help="as at the start of a container: log what is wrong, skip what takes long"
+    )
     summary = "serve TensorBoard over all runs, and /status, behind a password"
     dashboard = commands.add_parser("dashboard", help=summary, description=summary[0].upper() + summary[1:] + ".")
     dashboard.set_defaults(run=_dashboard)
@@ -103,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _park("wrong arguments, see above")
         raise
     try:
-        env = Environment.read()
+        # The doctor says what is wrong with variables, too.
+        env = Environment.read_usable()[0] if arguments.command == "doctor" else Environment.read()
         place = launcher_ranks()
         logs = Workspace(env.workspace).logs if arguments.command == "train" else None
         setup_logging(logs, env, 0 if place is None else place.rank)
@@ -285,6 +294,36 @@ def _chaos(arguments: argparse.Namespace, env: Environment) -> int:
     return 0 if verdict.passed else 1
 
 
+def _doctor(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.doctor import report
+    from app.doctor.examination import Examination
+    from app.doctor.finding import exit_code
+
+    def load() -> tuple[str, Config]:
+        from app.config_file import load_config
+
+        path = _config_path(arguments, env)
+        return path, load_config(path, arguments.overrides, env)
+
+    # Whoever is tired of waiting has nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not (arguments.json or arguments.brief):
+        print(report.head(), flush=True)
+    findings = []
+    problems = Environment.read_usable()[1]
+    for finding in Examination(env, problems, load, arguments.offline, arguments.brief).findings():
+        findings.append(finding.without(env.secrets))
+        if arguments.brief:
+            report.tell(findings[-1])
+        elif not arguments.json:
+            print(report.row(findings[-1]), flush=True)
+    if arguments.brief:
+        log.info("doctor: %s", report.summary(findings))
+    else:
+        print(report.as_json(findings) if arguments.json else f"\n{report.summary(findings)}")
+    return exit_code(findings)
+
+
 def _dashboard(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.dashboard import serve
     from app.ops.signals import StopSignal
@@ -333,6 +372,7 @@ def _leave(exit_code: int) -> None:
 
 if __name__ == "__main__":
     exit_code = main()
-    if exit_code == Stopped.exit_code or sys.argv[1:2] == ["train"]:
+    # A check of the doctor's that hangs is not waited for either.
+    if exit_code == Stopped.exit_code or sys.argv[1:2] in (["train"], ["doctor"]):
         _leave(exit_code)
     sys.exit(exit_code)

@@ -78,7 +78,8 @@ def checkpoint_bytes(config: Config, stage: StageConfig) -> int:
         state = new_state(config, stage, CPU, Precision("fp32", CPU), "", None)
         kept = [*state.model.state_dict().values(), *state.ema.model.state_dict().values()]
         moments = 2 * sum(parameter.nbytes for parameter in state.model.parameters())
-        return moments + sum(tensor.nbytes for tensor in kept)
+        total: int = moments + sum(tensor.nbytes for tensor in kept)
+    return total
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""Checks of what the run is told: config, variables, secrets, launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from app.config import Config
+from app.doctor.finding import Finding, Verdict, passed, warned
+
+
+def config_loaded(path: str, config: Config) -> Finding:
+    """A valid config."""
+    run = "without a name" if config.run_name is None else config.run_name
+    return passed("config", f"{path}: run {run}, {', '.join(stage.name for stage in config.stages)}")
+
+
+def config_refused(problem: str) -> Finding:
+    """A config that is not valid, and why."""
+    what = "Correct it: train refuses it, too (78). Checks that need it were left out"
+    return Finding("config", Verdict.FAIL, problem, what, of_config=True)
+
+
+def variables(problems: Sequence[str]) -> Finding:
+    """Variables with values that they may not have."""
+    if not problems:
+        return passed("variables", "every variable has a value that it may have")
+    what = "Correct them in the pod's or the container's settings: every other command refuses to start"
+    return Finding("variables", Verdict.FAIL, "; ".join(problems), what, of_config=True)
+
+
+def secrets(placeholders: Mapping[str, str]) -> Finding:
+    """Placeholders that RunPod left in place of secrets that do not exist."""
+    if not placeholders:
+        return passed("secrets", "no unresolved {{ RUNPOD_SECRET_... }}")
+    found = "; ".join(f"{name} holds the unresolved placeholder {text}" for name, text in placeholders.items())
+    what = "Create that secret in the RunPod console, or set the variable itself; until then it counts as unset"
+    return warned("secrets", found, what)
+
+
+def launch(preset: Mapping[str, str]) -> Finding:
+    """Variables of a launcher without a launcher: a plain start trains alone on one GPU, on each machine."""
+    if not preset:
+        return passed("launch", "no launcher's variables without a launcher")
+    found = ", ".join(f"{name}={value}" for name, value in preset.items())
+    if preset.get("WORLD_SIZE", "1") == "1":
+        return passed("launch", f"{found}: preset, and one process is all of it")
+    what = (
+        "They are not believed: `train` alone is one process on one GPU. For all of them start `python -m "
+        "torch.distributed.run --nproc-per-node N ... -m app train` with the same arguments on each machine"
+    )
+    return warned("launch", f"{found} are preset, and no launcher started this process", what)
