@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app")
 
+QUIET = ("doctor", "supervise", "supervise-trainer")
 DESCRIPTION = "Train a three-stage cascade of 3D diffusion models, X-ray -> CT. Research use, not for clinical use."
 EPILOG = """\
 environment:
@@ -115,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = Environment.read_usable()[0] if arguments.command == "doctor" else Environment.read()
         place = launcher_ranks()
         logs = Workspace(env.workspace).logs if arguments.command == "train" else None
-        setup_logging(logs, env, 0 if place is None else place.rank)
+        # What counts as unset is said by the doctor of the container, and by those who read it: once each.
+        told = replace(env, warnings=()) if arguments.command in QUIET else env
+        setup_logging(logs, told, 0 if place is None else place.rank)
     except AppError as error:
         if arguments.command == "supervise":
             return _park(str(error))
@@ -168,7 +172,7 @@ def _supervise(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.supervise import supervise
 
     try:
-        return supervise(env, _train_arguments(arguments), arguments.runtime)
+        return supervise(env, _train_arguments(arguments), _config_arguments(arguments), arguments.runtime)
     except OSError as error:
         return _park(f"cannot start: {error}")
 
@@ -203,10 +207,16 @@ def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
     """The command line of `train` that means the same."""
+    parts = _config_arguments(arguments)
+    return [*parts, "--stages", *arguments.stages] if arguments.stages else parts
+
+
+def _config_arguments(arguments: argparse.Namespace) -> list[str]:
+    """What of it says the config."""
     parts = [] if arguments.config is None else ["--config", arguments.config]
     for text in arguments.overrides:
         parts += ["--set", text]
-    return [*parts, "--stages", *arguments.stages] if arguments.stages else parts
+    return parts
 
 
 def _prepare(arguments: argparse.Namespace, env: Environment) -> int:

@@ -200,7 +200,7 @@ def memory(config: Config, seen: Seen, ram_bytes: int) -> Finding:
         else:
             # Each further sample costs the same.
             fits = 1 + (room - least) // max(1, (peak - least) // (sizes[0] - 1))
-            chosen = next(size for size in sizes if size <= fits)
+            chosen = next(size for size in sizes[1:] if size <= fits)
             smaller.append(f"stages.{stage.name}.micro_batch={chosen}")
     place = "GPU" if on_gpu else "machine"
     found = f"a step takes {', '.join(parts)} GiB in {precision}, predicted"
