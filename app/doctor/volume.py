@@ -10,8 +10,9 @@ from pathlib import Path
 from app.config import Config
 from app.doctor.finding import Finding, failed, passed, warned
 from app.env import Environment
+from app.errors import MachineError
 from app.ops.disk_forecast import files_to_come
-from app.train.volume import write_speed
+from app.train.volume import TEST_BLOCKS, write_speed
 from app.workspace import RunDir
 
 GIB, MIB = 2**30, 2**20
@@ -20,6 +21,8 @@ IN_MEMORY = ("tmpfs", "ramfs")
 OVERLAY = "overlay"
 MOUNTS = "proc/self/mountinfo"
 """Of Linux alone."""
+LEAST_FREE = 4 * TEST_BLOCKS * MIB
+"""With less, the file of the test might be what fills the volume under a trainer."""
 STOP_S = 3.0
 """A pod that is stopped leaves the trainer about this long for its last save."""
 
@@ -61,6 +64,10 @@ def write(folder: Path, checkpoint_bytes: int) -> Finding:
         checkpoint_bytes: of the run's largest checkpoint; 0 while nobody knows.
     """
     place = existing(folder)
+    free = shutil.disk_usage(place).free
+    if free < LEAST_FREE:
+        what = "Make room, or mount a larger volume: a save would find none"
+        return failed("write", f"{free / MIB:.0f} MiB free in {place}: not tried with a file of 16 MiB", what)
     try:
         speed = write_speed(place)
     except OSError as error:
@@ -143,9 +150,16 @@ def known_sizes(run_dir: RunDir) -> dict[str, int]:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there: a first run makes the rest."""
+    """The folder, or the nearest one above it that is there: a first run makes the rest.
+
+    Raises:
+        MachineError: what is there is no folder.
+    """
     folder = folder.absolute()
-    return next(path for path in [folder, *folder.parents] if path.is_dir())
+    found = next(path for path in [folder, *folder.parents] if path.exists())
+    if not found.is_dir():
+        raise MachineError(f"{found}: expected a folder, found a file. Move it away, or set WORKSPACE to a folder")
+    return found
 
 
 def _mount_of(folder: Path, root: Path) -> tuple[str, str, str]:
