@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 import torch
 
-from app.config import Config
+from app.config import Config, StageConfig
 from app.doctor import gpu
 from app.doctor.finding import Finding, Verdict
 from app.env import LauncherRanks
-from app.train.memory import CONTEXT_BYTES, step_memory
+from app.train.memory import CONTEXT_BYTES, StepMemory, step_memory
 from tests.conftest import tiny_config
 from tests.nvml_library import GIB, Card, Library, install
 
@@ -199,38 +200,65 @@ def test_which_gpus_kernels_run_on(capability: tuple[int, int], built: list[str]
     assert gpu.runs_on(built, capability) is runs
 
 
-def one_stage(*overrides: str) -> Config:
-    """The tiny cascade's first stage, which is counted quickly."""
-    config = tiny_config(*overrides)
-    return config.model_copy(update={"stages": config.stages[:1]})
+MIB = 2**20
 
 
-def memory_of(config: Config, monkeypatch: pytest.MonkeyPatch, total: int) -> Finding:
-    """The check on a card of so many bytes."""
-    return gpu.memory(config, seen(monkeypatch, Card("GPU-1", total=total)), 2**40)
+def check_memory(monkeypatch: pytest.MonkeyPatch, config: Config, room: int, **card: object) -> Finding:
+    """The check on a card with so many bytes beside its context."""
+    return gpu.memory(config, seen(monkeypatch, Card("GPU-1", total=room + CONTEXT_BYTES, **card)), 1)
 
 
 def test_a_config_too_large_for_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fits to the byte; it fits in halves; a single sample does not fit."""
-    config = one_stage("compute.device=cuda", "stages.stage_8.batch=2")
-    both, one = (step_memory(config, config.stages[0], "bf16", count).peak for count in (2, 1))
-    assert one < both
-    fits = memory_of(config, monkeypatch, both + CONTEXT_BYTES)
+    """By the real count of the smallest stage: a single sample does not fit, and on a larger card all do."""
+    config = tiny_config("compute.device=cuda", "stages.*.batch=1")
+    config = config.model_copy(update={"stages": config.stages[:1]})
+    once = cache(lambda config, stage, precision, count: step_memory(config, stage, precision, count))
+    monkeypatch.setattr("app.train.memory.step_memory", once)
+    peak = once(config, config.stages[0], "bf16", 1).peak
+    fits = check_memory(monkeypatch, config, peak)
     assert (fits.verdict, "in bf16, predicted" in fits.found) == (Verdict.PASS, True)
-    smaller = memory_of(config, monkeypatch, both - 1 + CONTEXT_BYTES)
-    assert smaller.verdict is Verdict.WARN
-    assert smaller.what_to_do.startswith("Set stages.stage_8.micro_batch=1: same curves")
-    hopeless = memory_of(config, monkeypatch, one - 1 + CONTEXT_BYTES)
+    hopeless = check_memory(monkeypatch, config, peak - 1)
     assert (hopeless.verdict, "stage_8 (a single sample takes" in hopeless.what_to_do) == (Verdict.FAIL, True)
 
 
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 10 MiB and 10 for each sample; twice that in fp32."""
+
+    def count(config: Config, stage: StageConfig, precision: str, micro_batch: int | None = None) -> StepMemory:
+        samples = micro_batch or stage.micro_batch or stage.batch
+        return StepMemory(0, 0, (2 if precision == "fp32" else 1) * (10 + 10 * samples) * MIB)
+
+    monkeypatch.setattr("app.train.memory.step_memory", count)
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    ("room_mib", "expected", "advice"),
+    [
+        (130, Verdict.PASS, ""),
+        (129, Verdict.WARN, "Set stages.stage_32.micro_batch=6: same curves"),
+        (69, Verdict.WARN, "Set stages.stage_32.micro_batch=4: same curves"),
+        (20, Verdict.WARN, "micro_batch=1: same curves"),
+        (19, Verdict.FAIL, "(a single sample takes 0.0 GiB)"),
+    ],
+)
+def test_the_largest_micro_batch_that_fits_is_named(
+    monkeypatch: pytest.MonkeyPatch, room_mib: int, expected: Verdict, advice: str
+) -> None:
+    """Of those that divide the batch; each sample takes as much as the next."""
+    config = tiny_config("compute.device=cuda", "stages.*.batch=1", "stages.stage_32.batch=12")
+    finding = check_memory(monkeypatch, config, room_mib * MIB)
+    assert (finding.verdict, advice in finding.what_to_do) == (expected, True)
+
+
+@pytest.mark.usefixtures("counted")
 def test_memory_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU run is compared with the machine's memory, a config for GPUs with nothing; old cards have no bf16."""
-    config = one_stage("stages.*.batch=1")
-    least = step_memory(config, config.stages[0], "fp32", 1).peak
-    assert gpu.memory(config, gpu.Seen(None, ()), least).verdict is Verdict.PASS
-    assert gpu.memory(config, gpu.Seen(None, ()), least - 1).verdict is Verdict.FAIL
-    on_gpu = one_stage("stages.*.batch=1", "compute.device=cuda")
+    config = tiny_config("stages.*.batch=1")
+    assert gpu.memory(config, gpu.Seen(None, ()), 40 * MIB).verdict is Verdict.PASS
+    assert gpu.memory(config, gpu.Seen(None, ()), 40 * MIB - 1).verdict is Verdict.FAIL
+    on_gpu = tiny_config("stages.*.batch=1", "compute.device=cuda")
     nowhere = gpu.memory(on_gpu, gpu.Seen(None, ()), 1)
     assert (nowhere.verdict, nowhere.found.endswith("no GPU to compare it with")) == (Verdict.PASS, True)
-    assert "in fp16" in gpu.memory(on_gpu, seen(monkeypatch, TITAN), 1).found
+    assert "in fp16" in check_memory(monkeypatch, on_gpu, 1, capability=(7, 5)).found
