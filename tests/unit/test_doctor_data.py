@@ -11,7 +11,7 @@ from app.doctor.data import data
 from app.doctor.finding import Finding, Verdict
 from app.workspace import Workspace
 from tests.conftest import tiny_config
-from tests.dicom_files import write_series
+from tests.dicom_files import stored_values, write_series
 from tests.scans import ct_config, workspace_in, write_scan
 
 NAME = "Mustermann_Erika"
@@ -76,7 +76,7 @@ def test_files_that_are_no_scans(tmp_path: Path) -> None:
 def test_a_series_of_dicom_files(tmp_path: Path) -> None:
     """The first one is read; a broken one is a failure."""
     workspace = workspace_in(tmp_path)
-    files = write_series(workspace.data / NAME)
+    files = write_series(workspace.data / NAME, stored_values(0, (20, 16, 16)))
     good = examined(workspace)
     assert (good.verdict, "1 folders of DICOM files; one scan was read" in good.found) == (Verdict.PASS, True)
     for file in files[2:]:
