@@ -39,7 +39,7 @@ def filesystem(workspace: Path, root: Path = Path("/")) -> Finding | None:
     if kind in IN_MEMORY:
         return warned("volume", found, f"Mount a disk at {workspace}: what lies in memory is lost with the machine")
     if NETWORK.fullmatch(kind):
-        return passed("volume", f"{found}: a network or shared volume, which several machines may mount")
+        return passed("volume", f"{found}: a network or shared volume; its free space may not know a quota")
     return passed("volume", f"{found}: a local disk")
 
 
