@@ -41,7 +41,7 @@ def wheel_cuda() -> str | None:
 
 @dataclass(frozen=True)
 class Seen:
-    """The GPUs of this machine as NVML has them, or torch where there is no NVML."""
+    """The GPUs of this machine as NVML has them, or torch where NVML has none."""
 
     driver: Driver | None
     cards: tuple[Card, ...]
@@ -60,14 +60,16 @@ def look(device: Device, visible: str | None) -> Seen:
         driver = installed_driver(visible)
     except MachineError as error:
         return Seen(None, (), str(error))
-    if driver is not None or device == "cpu" or wheel_cuda() is None:
-        return Seen(driver, () if driver is None else driver.cards)
+    cards = () if driver is None else driver.cards
+    # NVML has no slices of GPUs (MIG), and is not in every container.
+    if cards or device == "cpu" or wheel_cuda() is None or (driver is not None and not driver.hidden):
+        return Seen(driver, cards)
     import torch
 
     if not torch.cuda.is_available():
-        return Seen(None, ())
+        return Seen(driver, ())
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return Seen(None, tuple(Card(card.name, card.total_memory, (card.major, card.minor)) for card in found))
+    return Seen(driver, tuple(Card(card.name, card.total_memory, (card.major, card.minor)) for card in found))
 
 
 def trains_on_gpu(device: Device, seen: Seen) -> bool:
@@ -82,7 +84,7 @@ def gpus(device: Device, seen: Seen, ranks: LauncherRanks | None, on_pod: bool) 
         return None
     cards = seen.cards
     found = _listed(cards) if cards else "no GPU" if seen.driver else "no NVIDIA driver, and so no GPU"
-    if seen.driver and seen.driver.hidden:
+    if seen.driver and seen.driver.hidden and not cards:
         found += f"; CUDA_VISIBLE_DEVICES hides {seen.driver.hidden}"
     if not cards:
         if device == "cuda":

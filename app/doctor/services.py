@@ -99,7 +99,10 @@ def runpod(env: Environment, pod: PodConfig, base: str = API) -> Finding | None:
         if error.status in REFUSED:
             found = f"{base} answered {error.status}: RUNPOD_API_KEY is not accepted, and this pod cannot stop itself"
             return Finding("runpod", verdict, found, NEW_RUNPOD_KEY)
-        what = "Look at the pod's network; at the end of the run the stop is tried again every few minutes"
+        what = (
+            "Look at the answer, and where there is none at the pod's network. At the end of the run the stop is tried "
+            "again every few minutes"
+        )
         return warned("runpod", str(error), what)
     price = "" if state.usd_per_hour is None else f", {state.usd_per_hour:g} USD/h"
     return passed("runpod", f"the key knows this pod ({state.status}{price}), which is stopped when the run has ended")

@@ -33,7 +33,9 @@ def secrets(placeholders: Mapping[str, str]) -> Finding:
     if not placeholders:
         return passed("secrets", "no unresolved {{ RUNPOD_SECRET_... }}")
     found = "; ".join(f"{name} holds the unresolved placeholder {text}" for name, text in placeholders.items())
-    what = "Create that secret in the RunPod console, or set the variable itself; until then it counts as unset"
+    what = (
+        "Create that secret in the RunPod console, or set the variable itself; one of ours counts as unset until then"
+    )
     return warned("secrets", found, what)
 
 

@@ -143,14 +143,30 @@ def cuda(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)
 
 
-def test_without_nvml_torch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container without the driver's capability `utility` trains, and has no gpu/ curves."""
-    install(monkeypatch, None)
+@pytest.fixture
+def one_l4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that torch finds."""
     cuda(monkeypatch, available=True)
     monkeypatch.setattr(gpu, "wheel_cuda", lambda: WHEEL)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     properties = SimpleNamespace(name="NVIDIA L4", total_memory=22 * GIB, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@pytest.mark.usefixtures("one_l4")
+def test_a_slice_of_a_gpu_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML hides the GPU that it is a slice of; a GPU that is really hidden is none for torch either."""
+    found = seen(monkeypatch, H100, visible="MIG-1")
+    assert [card.name for card in found.cards] == ["NVIDIA L4"]
+    assert verdict(gpu.gpus("cuda", found, None, False)) is Verdict.PASS
+    cuda(monkeypatch, available=False)
+    assert seen(monkeypatch, H100, visible="").cards == ()
+
+
+@pytest.mark.usefixtures("one_l4")
+def test_without_nvml_torch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without the driver's capability `utility` trains, and has no gpu/ curves."""
+    install(monkeypatch, None)
     found = gpu.look("cuda", None)
     assert [(card.name, card.capability) for card in found.cards] == [("NVIDIA L4", (8, 9))]
     finding = gpu.driver_suits("cuda", found, WHEEL)
