@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 
 from app.config import Config
 from app.doctor import gpu, machine, services, settings, volume
 from app.doctor.finding import Check, Finding, Verdict, examine
 from app.env import Environment, launcher_ranks, preset_ranks, unresolved_placeholders, visible_gpus, wandb_api
 from app.errors import ConfigError
-from app.ops.pod import API
 from app.workspace import RunDir, Workspace
 
 COUNTING_S = 300.0
 """For sizes and memory, which are counted on shapes alone, on a busy machine."""
 READING_S = 120.0
-"""For a scan of some hundred MiB over a network."""
+"""For a scan or an event file of some hundred MiB over a network."""
 REMOTE_S = 10.0
 """Of one request. It has a shorter deadline of its own, which a resolver that hangs does not keep."""
 NETWORK = "Look at the pod's network; it trains without"
@@ -32,8 +30,6 @@ class Examination:
         load: the config and its name; raises ConfigError.
         offline: ask no server.
         brief: at the start of a container, where what takes long, and what the trainer says itself, is left out.
-        runpod: address of RunPod's API.
-        root: of the file system that the machine's figures are read from.
     """
 
     def __init__(
@@ -43,11 +39,8 @@ class Examination:
         load: Callable[[], tuple[str, Config]],
         offline: bool = False,
         brief: bool = False,
-        runpod: str = API,
-        root: Path = Path("/"),
     ) -> None:
         self._env, self._problems, self._load, self._offline, self._brief = env, problems, load, offline, brief
-        self._runpod, self._root = runpod, root
         self._config: Config | None = None
 
     def findings(self) -> Iterator[Finding]:
@@ -69,7 +62,7 @@ class Examination:
             Check("variables", lambda: settings.variables(self._problems)),
             Check("secrets", lambda: settings.secrets(unresolved_placeholders())),
             Check("launch", lambda: settings.launch(preset_ranks())),
-            Check("volume", lambda: volume.filesystem(env.workspace, self._root)),
+            Check("volume", lambda: volume.filesystem(env.workspace)),
             Check("pod_disk", lambda: volume.pod_disk(env)),
             Check("wandb_key", lambda: services.wandb_key(env)),
         ]
@@ -78,7 +71,7 @@ class Examination:
         return checks
 
     def _of_config(self, config: Config) -> list[Check]:
-        env, root, device = self._env, self._root, config.compute.device
+        env, device = self._env, config.compute.device
         workspace = Workspace(env.workspace)
         run_dir = workspace.run_dir(config.run_name)
         on_pod = env.runpod_pod_id is not None
@@ -95,21 +88,21 @@ class Examination:
             return data(config, workspace)
 
         kernels = Check("kernels", lambda: gpu.kernels(device, seen()), COUNTING_S)
-        memory = Check("memory", lambda: gpu.memory(config, seen(), machine.usable_ram(root)), COUNTING_S)
+        memory = Check("memory", lambda: gpu.memory(config, seen(), machine.usable_ram()), COUNTING_S)
         checks = [
             Check("driver", lambda: gpu.driver_suits(device, seen(), gpu.wheel_cuda())),
             Check("gpus", lambda: gpu.gpus(device, seen(), launcher_ranks(), on_pod)),
             *([] if self._brief else [kernels, memory]),
-            Check("shm", lambda: machine.shm(config, root)),
-            Check("ram", lambda: machine.ram(config, largest(), gpu.trains_on_gpu(device, seen()), root), COUNTING_S),
+            Check("shm", lambda: machine.shm(config)),
+            Check("ram", lambda: machine.ram(config, largest(), gpu.trains_on_gpu(device, seen())), COUNTING_S),
             Check("write", lambda: volume.write(run_dir.path, largest())),
             Check("room", lambda: volume.room(config, run_dir, sizes())),
-            Check("clock", lambda: machine.clock(run_dir)),
+            Check("clock", lambda: machine.clock(run_dir), READING_S, Verdict.WARN),
             # torch is imported last where the trainer is about to import it, too.
             kernels if self._brief else Check("data", data, READING_S),
         ]
         if not self._offline:
-            checks.append(_remote("runpod", lambda: services.runpod(env, config.pod, self._runpod)))
+            checks.append(_remote("runpod", lambda: services.runpod(env, config.pod)))
         return checks
 
     def _sizes(self, config: Config, run_dir: RunDir) -> dict[str, int]:
