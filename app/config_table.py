@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from app.config_fields import Key, keys
-from app.env import CLUSTER_VARIABLES, VARIABLES
+from app.env_variables import CLUSTER_VARIABLES, VARIABLES
 
 
 def config_table() -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from app.config import Config, StageConfig
 from app.env import LauncherRanks
 from app.errors import AppError, ConfigError, MachineError
+from app.train.processes import batches_in_words, processes_of
 
 log = logging.getLogger(__name__)
 
@@ -251,25 +252,14 @@ def processes_here(config: Config, only: Sequence[str], machines: int) -> int:
     Raises:
         MachineError: it has fewer GPUs than the config asks for.
     """
-    wanted = config.compute.processes
     gpus = 0 if config.compute.device == "cpu" else torch.cuda.device_count()
-    if wanted != "auto":
-        if 0 < gpus < wanted:
-            raise MachineError(
-                f"compute.processes is {wanted}, and torch finds {gpus} GPUs here. Give as many as there are, or `auto`"
-            )
-        return wanted
-    batches = {stage.name: stage.batch for stage in config.stages if not only or stage.name in only}
-    divides = [
-        count for count in range(1, gpus + 1) if all(batch % (count * machines) == 0 for batch in batches.values())
-    ]
-    count = max(divides, default=max(gpus, 1))
-    if count < gpus:
+    count = processes_of(config, only, gpus, machines)
+    if config.compute.processes == "auto" and count < gpus:
         log.warning(
             "%d of %d GPUs are used: the samples of a step cannot be divided equally among more (%s)",
             count,
             gpus,
-            ", ".join(f"stages.{name}.batch is {batch}" for name, batch in batches.items()),
+            batches_in_words(config, only),
         )
     return count
 

@@ -3,17 +3,19 @@ from pathlib import Path
 import pytest
 
 from app.env import (
-    CLUSTER_VARIABLES,
-    VARIABLES,
     ClusterNode,
     Environment,
     LauncherRanks,
     Secret,
     cluster_node,
     launcher_ranks,
+    preset_ranks,
     process_environment,
     this_pod,
+    unresolved_placeholders,
+    wandb_api,
 )
+from app.env_variables import CLUSTER_VARIABLES, VARIABLES
 from app.errors import ConfigError
 
 
@@ -200,3 +202,42 @@ def test_the_processes_of_a_run_talk_through_one_network_unless_the_user_chose_a
     found = process_environment({"RANK": "3"}, "ens1")
     assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"], found["RANK"]) == ("eth1", "=ens1", "3")
     assert "NCCL_SOCKET_IFNAME" not in process_environment({}, None)
+
+
+def test_ranks_without_a_launcher_are_preset_by_the_cluster():
+    """With a launcher they are its own."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": " ", "PATH": "/bin"}
+    assert preset_ranks(ranks) == {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    assert preset_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == {}
+
+
+def test_placeholders_are_found_in_any_variable():
+    """In ours, in secrets of others, and inside a longer text; a text with braces of its own is none."""
+    environ = {
+        "RUN_NAME": "{{ name }}",
+        "HF_TOKEN": "{{ hf }}",
+        "AUTHORIZATION": "Bearer {{ RUNPOD_SECRET_hf }}",
+        "TEMPLATE": "{{ title }}",
+        "WANDB_API_KEY": "0123",
+    }
+    assert unresolved_placeholders(environ) == {
+        "AUTHORIZATION": "{{ RUNPOD_SECRET_hf }}",
+        "HF_TOKEN": "{{ hf }}",
+        "RUN_NAME": "{{ name }}",
+    }
+
+
+def test_the_usable_part_of_an_environment():
+    """Every value that a variable may not have is reported, and the others stand."""
+    env, problems = Environment.read_usable({"PORT": "http", "WANDB_MODE": "ofline", "RUNPOD_VOLUME_ID": "vol1"})
+    assert (env.port, env.wandb_mode, env.runpod_volume_id) == (6006, None, "vol1")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "environment variable PORT",
+        "environment variable WANDB_MODE",
+    ]
+
+
+def test_weights_and_biases_is_where_it_looks_itself():
+    """A server of one's own is in its own variable."""
+    assert wandb_api({}) == "https://api.wandb.ai"
+    assert wandb_api({"WANDB_BASE_URL": "http://wandb.example/"}) == "http://wandb.example"
