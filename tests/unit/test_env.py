@@ -208,7 +208,8 @@ def test_ranks_without_a_launcher_are_preset_by_the_cluster():
     """With a launcher they are its own."""
     ranks = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": " ", "PATH": "/bin"}
     assert preset_ranks(ranks) == {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
-    assert preset_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == {}
+    launched = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "0"}
+    assert preset_ranks({**ranks, **launched}) == {}
 
 
 def test_placeholders_are_found_in_any_variable():
