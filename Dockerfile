@@ -82,6 +82,7 @@ LABEL org.opencontainers.image.title="hybrid-vit-cascade" \
 WORKDIR /opt/hybrid_vit_cascade
 VOLUME /workspace
 EXPOSE 6006
+# On the machines of a cluster but the first nothing is served.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:6006/healthz', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request; from app.env import cluster_node; node = cluster_node(); node and node.rank or urllib.request.urlopen('http://127.0.0.1:6006/healthz', timeout=4)"]
 ENTRYPOINT ["/opt/hybrid_vit_cascade/docker/entrypoint.sh"]

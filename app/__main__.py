@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from app.chaos_plan import add_arguments, plan_of
-from app.env import Environment, launcher_ranks
+from app.env import Environment, cluster_node, launcher_ranks
 from app.errors import AppError, ConfigError, Stopped
 from app.evaluate_plan import add_evaluate_arguments, evaluate_plan
 from app.log import setup_logging
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app")
 
+QUIET = ("doctor", "supervise", "supervise-trainer")
 DESCRIPTION = "Train a three-stage cascade of 3D diffusion models, X-ray -> CT. Research use, not for clinical use."
 EPILOG = """\
 environment:
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--fall-back", action="store_true", help="set the newest state aside and go on from the one before it"
     )
     train.add_argument("--beat-fd", type=int, help=argparse.SUPPRESS)
+    train.add_argument("--launcher", type=int, help=argparse.SUPPRESS)
     _add_runtime(supervise)
     keep = _command(commands, "supervise-trainer", _supervise_trainer, "train, again after a crash, within a budget")
     keep.add_argument("--pid-file", type=Path, metavar="FILE", help="where the trainer's process number stands")
@@ -81,6 +84,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add_arguments(
         _command(commands, "chaos", _chaos, "rehearse the loss of machines: kill a run often, print a verdict")
+    )
+    doctor = _command(
+        commands, "doctor", _doctor, "look for what is wrong before a run does: machine, volume, data, keys"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--offline", action="store_true", help="ask no server")
+    doctor.add_argument(
+        "--brief", action="store_true", help="as at the start of a container: log what is wrong, skip what takes long"
     )
     summary = "serve TensorBoard over all runs, and /status, behind a password"
     dashboard = commands.add_parser("dashboard", help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -106,10 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _park("wrong arguments, see above")
         raise
     try:
-        env = Environment.read()
-        place = launcher_ranks()
-        logs = Workspace(env.workspace).logs if arguments.command == "train" else None
-        setup_logging(logs, env, 0 if place is None else place.rank)
+        # The doctor says what is wrong with variables, too.
+        env = Environment.read_usable()[0] if arguments.command == "doctor" else Environment.read()
+        place, node = launcher_ranks(), cluster_node()
+        writes = arguments.command == "train" and (node is None or node.rank == 0)
+        # What counts as unset is said by the doctor of the container, and by those who read it: once each.
+        told = replace(env, warnings=()) if arguments.command in QUIET else env
+        setup_logging(Workspace(env.workspace).logs if writes else None, told, 0 if place is None else place.rank)
     except AppError as error:
         if arguments.command == "supervise":
             return _park(str(error))
@@ -162,7 +176,7 @@ def _supervise(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.supervise import supervise
 
     try:
-        return supervise(env, _train_arguments(arguments), arguments.runtime)
+        return supervise(env, _train_arguments(arguments), _config_arguments(arguments), arguments.runtime)
     except OSError as error:
         return _park(f"cannot start: {error}")
 
@@ -177,14 +191,17 @@ def _park(problem: str) -> int:
 def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
     from app.config_file import load_config
     from app.ops.notify import Notifier
+    from app.ops.supervise_node import NodeSupervision
     from app.ops.supervise_trainer import StopRequest, Supervision
 
     def load() -> Config:
         return load_config(_config_path(arguments, env), arguments.overrides, env)
 
-    stop = StopRequest()
-    with Notifier(env, run=env.run_name, stop=stop) as notifier:
-        return Supervision(
+    stop, node = StopRequest(), cluster_node()
+    follows = node is not None and node.rank > 0
+    heard = replace(env, notify_url=None) if follows else env
+    with Notifier(heard, run=env.run_name, stop=stop) as notifier:
+        return (NodeSupervision if follows else Supervision)(
             load_config=load,
             train_arguments=_train_arguments(arguments),
             stages=arguments.stages,
@@ -192,15 +209,22 @@ def _supervise_trainer(arguments: argparse.Namespace, env: Environment) -> int:
             stop=stop,
             pid_file=arguments.pid_file,
             notifier=notifier,
+            machines=1 if node is None else node.count,
         ).run()
 
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
     """The command line of `train` that means the same."""
+    parts = _config_arguments(arguments)
+    return [*parts, "--stages", *arguments.stages] if arguments.stages else parts
+
+
+def _config_arguments(arguments: argparse.Namespace) -> list[str]:
+    """What of it says the config."""
     parts = [] if arguments.config is None else ["--config", arguments.config]
     for text in arguments.overrides:
         parts += ["--set", text]
-    return [*parts, "--stages", *arguments.stages] if arguments.stages else parts
+    return parts
 
 
 def _prepare(arguments: argparse.Namespace, env: Environment) -> int:
@@ -288,6 +312,36 @@ def _chaos(arguments: argparse.Namespace, env: Environment) -> int:
     return 0 if verdict.passed else 1
 
 
+def _doctor(arguments: argparse.Namespace, env: Environment) -> int:
+    from app.doctor import report
+    from app.doctor.examination import Examination
+    from app.doctor.finding import exit_code
+
+    def load() -> tuple[str, Config]:
+        from app.config_file import load_config
+
+        path = _config_path(arguments, env)
+        return path, load_config(path, arguments.overrides, env)
+
+    # Whoever is tired of waiting has nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not (arguments.json or arguments.brief):
+        print(report.head(), flush=True)
+    findings = []
+    problems = Environment.read_usable()[1]
+    for finding in Examination(env, problems, load, arguments.offline, arguments.brief).findings():
+        findings.append(finding.without(env.secrets))
+        if arguments.brief:
+            report.tell(findings[-1])
+        elif not arguments.json:
+            print(report.row(findings[-1]), flush=True)
+    if arguments.brief:
+        log.info("doctor: %s", report.summary(findings))
+    else:
+        print(report.as_json(findings) if arguments.json else f"\n{report.summary(findings)}")
+    return exit_code(findings)
+
+
 def _dashboard(arguments: argparse.Namespace, env: Environment) -> int:
     from app.ops.dashboard import serve
     from app.ops.signals import StopSignal
@@ -336,6 +390,7 @@ def _leave(exit_code: int) -> None:
 
 if __name__ == "__main__":
     exit_code = main()
-    if exit_code == Stopped.exit_code or sys.argv[1:2] == ["train"]:
+    # A check of the doctor's that hangs is not waited for either.
+    if exit_code == Stopped.exit_code or sys.argv[1:2] in (["train"], ["doctor"]):
         _leave(exit_code)
     sys.exit(exit_code)

@@ -15,7 +15,7 @@ from app.config_file import resolved_yaml
 from app.data.cases import Case, CaseStore, Split, prepare, split_patients
 from app.env import Environment
 from app.errors import AppError, ConfigError, MachineError
-from app.ops.crash_budget import Attempts
+from app.fall_back import fall_back_to_older
 from app.ops.event_files import rewind
 from app.ops.layout import layout
 from app.ops.ledger import Ledger
@@ -36,7 +36,7 @@ from app.train.parallel import ALONE, Ranks
 from app.train.precision import Precision, choose_device
 from app.train.protocols import Grace, Stop
 from app.train.rehearsal import Rehearsal
-from app.train.resume import ResumePoint, describe, find_resume_point, resumed_precision, set_newest_aside
+from app.train.resume import ResumePoint, describe, find_resume_point, resumed_precision
 from app.train.samples import StageCases
 from app.train.silent import SilentCheckpoints, SilentLog, SilentRecord, SilentStatus, SilentTelemetry
 from app.train.stage import StageRun, train_stage
@@ -94,7 +94,8 @@ def train(
         if isinstance(status, RunStatus):
             fields = status.fields
             notifier.where = lambda: fields
-        store, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
+        made, split = ranks.first(lambda: _prepared(config, workspace, run_dir, stop))
+        store = ranks.everyone(lambda: made if ranks.node == 0 else made.seen_from(workspace.cache))
         _Run(
             config, workspace, env, stop, grace, fence, run_dir, status, store, split, device, ranks, ledger, notifier
         ).train(only)
@@ -128,7 +129,7 @@ def _take(
     run_dir.reason.unlink(missing_ok=True)
     if fall_back:
         lock.check()
-        _fall_back(config, run_dir)
+        fall_back_to_older(config, run_dir)
     status = RunStatus(run_dir)
     status(state="preparing data")
     return status, lock.check, ledger
@@ -138,19 +139,6 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, AppError):
         return error.exit_code
     return AppError.exit_code if volume_error(error) is None else MachineError.exit_code
-
-
-def _fall_back(config: Config, run_dir: RunDir) -> None:
-    repeated = Attempts(run_dir).repetition()
-    why = "on request" if repeated is None else f"after {repeated.times} crashes of the same kind ({repeated.error})"
-    checkpoints = CheckpointFolder(run_dir)
-    checkpoints.recover_manifest()
-    older = set_newest_aside(checkpoints, _names(config), f"set aside {why}")
-    Attempts(run_dir).fell_back(None if older is None else older.path.name)
-    if older is None:
-        log.warning("no state was set aside: there is none before it that the run could go on from")
-    else:
-        log.warning("the newest state was set aside in %s, %s", run_dir.quarantine.name, why)
 
 
 def _prepared(config: Config, workspace: Workspace, run_dir: RunDir, stop: Stop) -> tuple[CaseStore, Split]:

@@ -302,6 +302,8 @@ class ComputeConfig(Section):
 
     device: Literal["auto", "cuda", "cpu"] = operational("auto")
     """`auto` takes a GPU where there is one; `cuda` refuses to start without."""
+    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = operational("auto")
+    """On a machine, each with a GPU of its own: `auto` is one per GPU, as far as `batch` can be divided; 1 on a CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: fp32 on a CPU, bf16 on a GPU that has it, else fp16 with a scaler. A resumed run keeps its own."""
     threads: int = Field(2, ge=1, le=256)
@@ -336,10 +338,8 @@ class Config(Section):
     """Everything random in a run is a function of it."""
     data: DataConfig = DataConfig()
     geometry: GeometryConfig = GeometryConfig()
-    stages: Annotated[tuple[StageConfig, ...], Field(strict=False, min_length=1)] = (
-        StageConfig(resolution=64),
-        StageConfig(resolution=128),
-        StageConfig(resolution=256),
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False, min_length=1)] = tuple(
+        StageConfig(resolution=edge) for edge in (64, 128, 256)
     )
     """Coarse to fine; each edge is a multiple of the one before."""
     diffusion: DiffusionConfig = DiffusionConfig()

@@ -95,12 +95,16 @@ def plain(value: Any) -> Any:
 def kind_in_words(annotation: Any, limits: str = "") -> str:
     """The type in words: 'whole number', 'one of `a`, `b`', 'list of whole numbers'; with its limits and 'or null'."""
     if get_origin(annotation) is Annotated:
-        return kind_in_words(get_args(annotation)[0], limits)
+        inner, *notes = get_args(annotation)
+        own = next((limits_in_words(note) for note in notes if isinstance(note, FieldInfo)), "")
+        return kind_in_words(inner, own or limits)
     if get_origin(annotation) in (Union, types.UnionType):
-        inner = next(arg for arg in get_args(annotation) if arg is not type(None))
-        return f"{kind_in_words(inner, limits)} or null"
+        return " or ".join(kind_in_words(inner, limits) for inner in get_args(annotation))
+    if annotation is type(None):
+        return "null"
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(f"`{choice}`" for choice in get_args(annotation))
+        choices = [f"`{choice}`" for choice in get_args(annotation)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if get_origin(annotation) is tuple:
         return _tuple_in_words(get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, Section):

@@ -112,7 +112,11 @@ def _validated(data: object, sources: Sources) -> tuple[Config | None, list[Find
     # pydantic counts only the valid items of a list, so a list with a bad item also "has too few".
     inner = {path[:end] for path in (tuple(item["loc"]) for item in errors) for end in range(len(path))}
     errors = [item for item in errors if item["type"] != "too_short" or tuple(item["loc"]) not in inner]
-    return None, [Finding(sources.of(path), path, text) for path, text in map(in_words, errors)]
+    found: dict[KeyPath, str] = {}
+    for path, text in map(in_words, errors):
+        # A value of several types has an error for each; all of them say the same.
+        found.setdefault(path, text)
+    return None, [Finding(sources.of(path), path, text) for path, text in found.items()]
 
 
 def _read(path: Path) -> tuple[Document, list[Finding]]:

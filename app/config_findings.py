@@ -74,7 +74,7 @@ def unknown_key(path: Path) -> str:
 
 
 def _with_article(kind: str) -> str:
-    return kind if kind.startswith(("one of", "text", "true")) else f"a {kind}"
+    return kind if kind.startswith(("one of", "text", "true", "`")) else f"a {kind}"
 
 
 def _wrong_type(path: Path, found: Any, context: Mapping[str, Any]) -> str:
@@ -151,4 +151,7 @@ def in_words(error: Mapping[str, Any]) -> tuple[Path, str]:
     if kind == "missing" and path and isinstance(path[-1], int):
         # A list of fixed length that is too short: the list is at fault, not the item that is not there.
         return path[:-1], _wrong_length(path[:-1], error["input"], {})
+    if kind != "extra_forbidden" and field_at(path) is None and field_at(path[:-1]) is not None:
+        # A value of several types: pydantic names the type that it tried.
+        path = path[:-1]
     return path, WORDING[kind](path, error["input"], error.get("ctx", {}))

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from app.config_fields import Key, keys
-from app.env import VARIABLES
+from app.env_variables import CLUSTER_VARIABLES, VARIABLES
 
 
 def config_table() -> str:
@@ -18,7 +18,10 @@ def config_table() -> str:
 def environment_table() -> str:
     """Markdown table of every environment variable that the application reads."""
     head = ["| variable | default | meaning |", "|---|---|---|"]
-    rows = [f"| `{item.name}` | {f'`{item.default}`' if item.default else ''} | {item.meaning} |" for item in VARIABLES]
+    rows = [
+        f"| `{item.name}` | {f'`{item.default}`' if item.default else ''} | {item.meaning} |"
+        for item in (*VARIABLES, *CLUSTER_VARIABLES)
+    ]
     return "\n".join([*head, *rows])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from app.env_variables import VARIABLES, Variable
 from app.errors import ConfigError
 
 PLACEHOLDER = re.compile(r"\s*\{\{.*\}\}\s*", re.DOTALL)
@@ -27,60 +28,8 @@ SHELL_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "CUDA_VISIBLE_DEVICES", "NVIDIA
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
-@dataclass(frozen=True)
-class Variable:
-    """One environment variable that the application reads."""
-
-    name: str
-    default: str
-    meaning: str
-
-
-VARIABLES = (
-    Variable(
-        "WORKSPACE", "/workspace", "Folder of data, cache, checkpoints and logs; `scripts/up` sets `./workspace`."
-    ),
-    Variable("CONFIG", "", "Config file for commands that are called without `--config`."),
-    Variable("RUN_NAME", "", "Overrides `run_name` of the config file: the folder below `checkpoints/`."),
-    Variable("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR."),
-    Variable(
-        "DASHBOARD_PASSWORD",
-        "",
-        "Password of the dashboard, for any user name. Without one it is generated and printed in the log wherever the "
-        "dashboard can be reached from other machines.",
-    ),
-    Variable(
-        "DASHBOARD_AUTH",
-        "password",
-        "`none` asks for no password and answers only at localhost addresses; a password that is set is asked anyway.",
-    ),
-    Variable("DASHBOARD_HOST", "127.0.0.1", "Address that the dashboard listens on; the image sets 0.0.0.0."),
-    Variable("PORT", "6006", "Port of the dashboard."),
-    Variable("WANDB_API_KEY", "", "Turns Weights & Biases on. A secret: it appears in no log and no file."),
-    Variable("WANDB_MODE", "", "online, offline (writes into the run folder, needs no key) or disabled."),
-    Variable(
-        "NOTIFY_URL",
-        "",
-        "Webhook that gets a JSON POST when a run starts, resumes, finishes a stage, finishes, is refused or stops. A "
-        "secret.",
-    ),
-    Variable(
-        "PUBLIC_KEY", "", "SSH public keys, a line each: turns the container's SSH server on, for these keys only."
-    ),
-    Variable("RUNPOD_POD_ID", "", "Set by RunPod: the container runs on this pod, which `pod.on_finish` may stop."),
-    Variable(
-        "RUNPOD_VOLUME_ID",
-        "",
-        "Set by RunPod where the pod has a network volume; without one the disk is deleted with the pod.",
-    ),
-    Variable("RUNPOD_API_KEY", "", "Set by RunPod: stops the pod. At a desk: your key for the scripts. A secret."),
-    Variable(
-        "POD_COST_PER_HOUR",
-        "",
-        "Price of this machine in USD per hour, for the cost curves and `pod.max_cost_usd`; unset, a RunPod pod asks "
-        "RunPod's API.",
-    ),
-)
+INTERFACES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
+"""What tells torch's two backends which network the processes of a run talk through; NCCL's `=` is an exact match."""
 
 
 class Secret:
@@ -206,10 +155,14 @@ class LauncherRanks:
     size: int
     local_rank: int
     """Among the processes of this machine: the number of its GPU."""
+    local_size: int
+    """Processes of this machine."""
+    node: int
+    """Number of this machine."""
 
 
 def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | None:
-    """The place of a process that `torch.distributed.run` started, or None.
+    """The place of a process that `app.launch` or `torch.distributed.run` started, or None.
 
     RANK and WORLD_SIZE alone are not enough: RunPod's clusters set such variables for every process of a pod, and a
     plain `python -m app train` that believed them would wait for processes that nobody starts.
@@ -217,7 +170,54 @@ def launcher_ranks(environ: Mapping[str, str] | None = None) -> LauncherRanks | 
     environ = os.environ if environ is None else environ
     if "TORCHELASTIC_RUN_ID" not in environ:
         return None
-    return LauncherRanks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+    return LauncherRanks(*(int(environ[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """This machine among those that train one run together."""
+
+    rank: int
+    count: int
+    address: str
+    """Of the first machine."""
+    port: int
+
+
+def cluster_node(environ: Mapping[str, str] | None = None) -> ClusterNode | None:
+    """This machine's place in a cluster; None for one by itself.
+
+    Raises:
+        ConfigError: NUM_NODES says that there is a cluster, and the other variables do not say where this machine is.
+    """
+    environ = os.environ if environ is None else environ
+    count = _whole(environ, "NUM_NODES", "1", 1)
+    if count == 1:
+        return None
+    address = (environ.get("MASTER_ADDR") or environ.get("PRIMARY_ADDR") or "").strip()
+    if not address:
+        raise ConfigError(f"NUM_NODES is {count}, and neither MASTER_ADDR nor PRIMARY_ADDR names the first machine")
+    rank = _whole(environ, "NODE_RANK", "", 0, count - 1)
+    port = _whole(environ, "MASTER_PORT", environ.get("PRIMARY_PORT", ""), 1, LARGEST_PORT)
+    return ClusterNode(rank, count, address, port)
+
+
+def process_environment(place: Mapping[str, str], interface: str | None) -> dict[str, str]:
+    """What a process of a launched run gets: a child's environment with its place.
+
+    Args:
+        place: RANK and its like.
+        interface: of the network between the processes; a choice that stands in the environment goes before it.
+    """
+    found = {} if interface is None else {name: text.format(interface) for name, text in INTERFACES.items()}
+    chosen = {name: text for name, text in found.items() if not os.environ.get(name)}
+    return child_environment({**chosen, **place})
+
+
+def hide_native_log() -> None:
+    """Before torch is imported: its C++ parts print stack traces where another machine is gone, which is no mystery."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def preset_ranks(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -288,6 +288,14 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"environment variable {name}: expected one of {', '.join(choices)}, found {value!r}")
     return value
+
+
+def _whole(environ: Mapping[str, str], name: str, default: str, least: int, most: int | None = None) -> int:
+    text = environ.get(name, "").strip() or default
+    if not (text.isascii() and text.isdigit()) or int(text) < least or (most is not None and int(text) > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"environment variable {name}: expected a whole number {limits}, found {text!r}")
+    return int(text)
 
 
 def _webhook(text: str | None) -> Secret | None:

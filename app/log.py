@@ -26,14 +26,18 @@ class RedactingFormatter(logging.Formatter):
         who = f"rank {rank} " if rank else ""
         super().__init__(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
         self.converter = time.gmtime
-        self._values = [secret.reveal() for secret in secrets]
+        self._secrets = tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as text."""
-        text = super().format(record)
-        for value in self._values:
-            text = text.replace(value, HIDDEN)
-        return text
+        return hide(super().format(record), self._secrets)
+
+
+def hide(text: str, secrets: Iterable[Secret]) -> str:
+    """`text` without the values of secrets."""
+    for secret in secrets:
+        text = text.replace(secret.reveal(), HIDDEN)
+    return text
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):

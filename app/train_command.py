@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from app.env import Environment, launcher_ranks
+from app.env import Environment, cluster_node, hide_native_log, launcher_ranks
 from app.errors import AppError, LockError, MachineError, Stopped
 from app.workspace import RunDir, Workspace
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from app.train.parallel import Ranks
 
 log = logging.getLogger(__name__)
+
+MARKED_WITHIN_S = 1.0
 
 
 def train_command(
@@ -37,29 +39,36 @@ def train_command(
         AppError: the run is refused.
     """
     began = time.time()
-    from app.ops.signals import StopSignal
+    from app.ops.signals import StopSignal, stop_with
     from app.ops.watchdog import Beat
 
     # First of all: what is imported next takes seconds, in which a signal must find its handler, and a slow disk may
     # make it hang.
     stop = StopSignal(leave)
+    if arguments.launcher is not None:
+        stop_with(arguments.launcher)
+    place, node = launcher_ranks(), cluster_node()
+    on_first_machine = node is None or node.rank == 0
+    writes = on_first_machine and (place is None or place.rank == 0)
+    if not on_first_machine:
+        hide_native_log()
     polled: Callable[[], bool] = stop
-    if arguments.beat_fd is not None:
+    # On the other machines the launcher gives the signs of life: its processes wait for the first one's, silently.
+    if arguments.beat_fd is not None and (place is None or place.node == 0):
         polled = Beat(stop, arguments.beat_fd)
         polled()
     from app.ops.notify import Notifier
     from app.train.parallel import join
 
-    ranks = join(launcher_ranks())
-    heard = env if ranks.is_first else replace(env, notify_url=None)
+    ranks = join(place)
+    heard = env if writes else replace(env, notify_url=None)
     try:
         # A process that watches over this one says itself why it ends.
         with Notifier(heard, run=env.run_name, stop=stop, tells_end=arguments.beat_fd is None) as notifier:
-            _train(arguments, env, load, polled, stop, ranks, notifier, began)
+            return _train(arguments, env, load, polled, stop, ranks, notifier, began, writes, on_first_machine)
     except Stopped as error:
         log.info("%s; the same command goes on from here", error)
         return error.exit_code
-    return 0
 
 
 def _train(
@@ -71,9 +80,10 @@ def _train(
     ranks: Ranks,
     notifier: Notifier,
     began: float,
-) -> None:
-    """Train, and leave in the run folder why the run was refused or crashed."""
-    from app.cascade import train
+    writes: bool,
+    on_first_machine: bool,
+) -> int:
+    """Train, and leave in the run folder why the run was refused or crashed; the exit code."""
     from app.ops.crash_budget import record_crash
     from app.ops.refusal import leave_reason
     from app.train.volume import volume_error
@@ -83,25 +93,59 @@ def _train(
     try:
         config = ranks.first(load)
         notifier.run, run_dir = config.run_name, workspace.run_dir(config.run_name)
+        if ranks.size == 1:
+            code = _launched(arguments, config, polled, stop, notifier)
+            if code is not None:
+                return code
+        from app.cascade import train
+
         train(config, workspace, env, polled, stop, notifier, began, arguments.stages, arguments.fall_back, ranks)
         ranks.leave()
+        return 0
     except Stopped:
         raise
     except AppError as error:
         # With the lock held by another process, the folder is that process's to write in.
-        if ranks.is_first and not isinstance(error, LockError):
+        if writes and not isinstance(error, LockError):
             leave_reason(run_dir or workspace.run_dir(env.run_name), error)
         raise
     except Exception as error:
         full = volume_error(error)
         if full is None:
-            if run_dir is not None and ranks.is_first:
+            # Of several processes the first one knows only that another is gone.
+            if run_dir is not None and on_first_machine:
+                if not ranks.is_first:
+                    # It is still about to mark the last step of all, at which the same error may come again.
+                    time.sleep(MARKED_WITHIN_S)
                 record_crash(error, run_dir)
             raise
         problem = MachineError(
             f"{workspace.root}: {full.strerror}. The checkpoints so far are whole. Make room or mount a larger volume, "
             "then run the same command: it goes on from the last of them"
         )
-        if ranks.is_first:
+        if writes:
             leave_reason(run_dir or workspace.run_dir(env.run_name), problem)
         raise problem from error
+
+
+def _launched(
+    arguments: argparse.Namespace,
+    config: Config,
+    polled: Callable[[], bool],
+    stop: StopSignal,
+    notifier: Notifier,
+) -> int | None:
+    """Train in processes of their own, where there are several; their exit code, or None where there is one."""
+    if launcher_ranks() is not None:
+        return None
+    from app.train.parallel import processes_here
+
+    node = cluster_node()
+    count = processes_here(config, arguments.stages, 1 if node is None else node.count)
+    if count == 1 and node is None:
+        return None
+    from app.launch import launch
+
+    # The first of the processes says it.
+    notifier.tells_stop = False
+    return launch(count, node, polled, stop, arguments.beat_fd)

@@ -207,6 +207,17 @@ def out_of_memory(nth: Nth) -> None:
     before(app.train.step, "_losses", lambda *_: nth())
 
 
+def crash_in_the_second_process(nth: Nth) -> None:
+    """An error that nobody foresaw, in one of several processes."""
+
+    def fault() -> None:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("armed by a test")
+
+    nth.fault = fault
+    before(app.train.step, "_losses", lambda *_: nth())
+
+
 def main() -> int:
     """Arm the fault and run the application."""
     name, _, count = sys.argv[1].partition(":")

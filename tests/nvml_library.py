@@ -30,6 +30,7 @@ class Card:
     celsius: int = 61
     reasons: int = pynvml.nvmlClocksEventReasonSwPowerCap
     uncorrected: int = 0
+    capability: tuple[int, int] = (9, 0)
     fails: dict[str, int] = field(default_factory=dict)
     every: int = pynvml.NVML_SUCCESS
 
@@ -37,8 +38,9 @@ class Card:
 class Library:
     """The functions of the C library that are called."""
 
-    def __init__(self, *cards: Card, old_driver: bool = False) -> None:
+    def __init__(self, *cards: Card, old_driver: bool = False, driver: str = "570.86.15", cuda: int = 12080) -> None:
         self.cards = cards
+        self.driver, self.cuda = driver, cuda
         self.old_driver = old_driver
         self.starts = pynvml.NVML_SUCCESS
         self.threads: set[str] = set()
@@ -76,6 +78,15 @@ class Library:
             return pynvml.NVML_ERROR_UNINITIALIZED
         self.entered -= 1
         return pynvml.NVML_SUCCESS
+
+    def c_nvmlSystemGetDriverVersion(self, buffer: Any, size: Any) -> None:
+        buffer.value = self.driver.encode()
+
+    def c_nvmlSystemGetCudaDriverVersion(self, version: Any) -> None:
+        version._obj.value = self.cuda
+
+    def c_nvmlDeviceGetCudaComputeCapability(self, card: Card, major: Any, minor: Any) -> None:
+        major._obj.value, minor._obj.value = card.capability
 
     def c_nvmlDeviceGetCount_v2(self, count: Any) -> None:
         count._obj.value = len(self.cards)

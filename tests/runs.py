@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +21,10 @@ WALL_CLOCK_TAGS = ("epoch_time", "perf/", "ops/", "gpu/", "host/")
 """Tags whose values are times, or what the machine did; all others must be equal between two runs of one config."""
 AT_ANY_STEP = ("ops/", "gpu/", "host/")
 """Tags whose steps depend on the clock too."""
+RTOL = 1e-5
+"""Of every point of every curve. Two processes add the same gradients in another order; one step differs by 1e-7."""
+ATOL_DB = 1e-3
+"""Of gains and X-ray use, which are differences of PSNRs and near 0 in a network that has learned nothing yet."""
 RUN = Path("hybrid_vit_cascade/checkpoints/tiny")
 
 Series = dict[str, list[tuple[int, float]]]
@@ -148,6 +153,33 @@ def assert_same_run(interrupted: Path, uninterrupted: Path) -> None:
         steps = [step for step, _ in points]
         assert steps == [step for step, _ in expected[tag]], tag
     assert without_wall_clock(found) == without_wall_clock(expected)
+
+
+def assert_close(found: Series, expected: Series) -> None:
+    """The same tags and steps, each step once, and the same values but for rounding."""
+    found, expected = without_wall_clock(found), without_wall_clock(expected)
+    assert found.keys() == expected.keys()
+    for tag, points in expected.items():
+        assert [step for step, _ in found[tag]] == [step for step, _ in points], tag
+        for (step, value), (_, other) in zip(found[tag], points, strict=True):
+            allowed = ATOL_DB if tag.endswith("_db") else 0.0
+            assert value == pytest.approx(other, rel=RTOL, abs=allowed), f"{tag} at {step}"
+
+
+def assert_close_state(one: Path, other: Path) -> None:
+    """The same counters to the number, among them the optimizer's; weights, EMA and moments but for rounding."""
+    first, second = load(one), load(other)
+    assert first["epoch"] == second["epoch"]
+    assert first["scaler_state_dict"] == second["scaler_state_dict"]
+    for key in ("step", "epochs", "best_epochs", "precision", "fingerprint"):
+        assert first["resume"][key] == second["resume"][key], key
+    left, right = tensors(first), tensors(second)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        if name.endswith(".step"):
+            assert torch.equal(tensor, right[name]), name
+        # Where the gradient is rounding, Adam makes a step of it whose size is the learning rate, 1e-3.
+        torch.testing.assert_close(tensor, right[name], rtol=1e-3, atol=5e-4, msg=lambda text, name=name: name + text)
 
 
 def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:

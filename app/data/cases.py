@@ -5,7 +5,7 @@ Shapes: N cube edge of a stage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -18,7 +18,7 @@ from app.data.cache import Cache, CaseRecord
 from app.data.prepare import prepare
 from app.data.report import NothingUsable, PrepareReport
 from app.data.split import Case, Split, split_patients
-from app.errors import DataError
+from app.errors import DataError, MachineError
 from app.workspace import Workspace
 
 __all__ = ["Case", "CaseStore", "LoadedCase", "NothingUsable", "PrepareReport", "Split", "prepare", "split_patients"]
@@ -63,16 +63,34 @@ class CaseStore:
         cases = (Case(record.id, record.patient, record.content) for record in records)
         return cls(tuple(sorted(cases, key=lambda case: case.content)), cache.key, workspace.cache)
 
+    def seen_from(self, cache: Path) -> Self:
+        """The same cases on another machine, where the workspace's cache is at `cache`.
+
+        Raises:
+            MachineError: they are not there.
+        """
+        here = replace(self, folder=cache)
+        missing = [case.id for case in self.cases if not here._folder(case.id).is_dir()]
+        if missing:
+            raise MachineError(
+                f"{cache}: {len(missing)} of {len(self.cases)} cases that the first machine has prepared are not here. "
+                "Every machine of a run must see the same volume at its WORKSPACE, if only to read its cache"
+            )
+        return here
+
     def load(self, case_id: str, edge: int) -> LoadedCase:
         """A case at the resolution of a stage.
 
         Raises:
             DataError: the files are missing or not what they should be.
         """
-        folder = self.folder / f"{case_id}-{self.preparation_key}"
+        folder = self._folder(case_id)
         hu = _read(folder / f"ct_{edge}.npy", (edge, edge, edge), np.dtype(np.int16))
         xrays = _read(folder / f"xray_{edge}.npy", (2, edge, edge), np.dtype(np.float32))
         return LoadedCase(hu, xrays)
+
+    def _folder(self, case_id: str) -> Path:
+        return self.folder / f"{case_id}-{self.preparation_key}"
 
 
 def _is_wanted(record: CaseRecord, config: Config) -> bool:

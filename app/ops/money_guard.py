@@ -35,19 +35,26 @@ LOOKS_AT_LEAST = 10
 MINUTE_S = 60.0
 
 
-def price_per_hour(env: Environment, stop: Callable[[], bool], base: str | None = None) -> float | None:
-    """The price of this machine in USD per hour: POD_COST_PER_HOUR, else on a pod what RunPod's API says, asked once.
+def price_per_hour(
+    env: Environment, stop: Callable[[], bool], base: str | None = None, machines: int = 1
+) -> float | None:
+    """What a run costs in USD per hour: POD_COST_PER_HOUR, else on a pod what RunPod's API says, asked once.
+
+    The machines of a cluster are alike, so it is the price of this one times their number.
 
     Args:
         env: the environment.
         stop: cuts the question short.
         base: address of the API; None is RunPod's.
+        machines: of the run.
 
     Returns:
         None where it is not known, which on a pod the log says.
     """
-    if env.pod_cost_per_hour is not None or env.runpod_pod_id is None:
-        return env.pod_cost_per_hour
+    if env.pod_cost_per_hour is not None:
+        return machines * env.pod_cost_per_hour
+    if env.runpod_pod_id is None:
+        return None
     try:
         price = _ask(api_of(env, base), env.runpod_pod_id, stop)
     except PodError as error:
@@ -57,7 +64,7 @@ def price_per_hour(env: Environment, stop: Callable[[], bool], base: str | None 
         )
         return None
     log.info("this pod costs %g USD per hour", price)
-    return price
+    return machines * price
 
 
 def _ask(api: RunPodApi, pod_id: str, stop: Callable[[], bool]) -> float:

@@ -3,7 +3,8 @@
 Which process sends what, so that nothing is sent twice:
 
 started, resumed, stage finished, finished   the trainer; of several processes of a run the first
-refused, stopping                            whoever started the trainer to watch over it, else the trainer itself
+refused, stopping                            whoever started the trainer to watch over it, else the trainer itself; a
+                                             launcher of several processes only what ends it before they run
 verification failed, pod not stopped         whoever stops the pod of a run that has ended
 """
 
@@ -108,6 +109,8 @@ class Notifier:
         self._url, self._pod = env.notify_url, env.runpod_pod_id
         self._secrets = [secret.reveal() for secret in env.secrets]
         self._stop, self._tells_end = stop, tells_end
+        self.tells_stop = tells_end
+        """Whether this process says that it was asked to stop; one that has started others which say it, does not."""
         self._timeout_s, self._first_pause_s = timeout_s, first_pause_s
         self._changed = threading.Condition()
         self._waiting: deque[Notice] = deque()
@@ -129,8 +132,9 @@ class Notifier:
     ) -> None:
         """A refusal that nobody else tells is told; then the rest is sent, for as long as there is."""
         stopped = self._stop() or isinstance(error, Stopped)
-        if self._tells_end and stopped:
-            self.stopping()
+        if stopped:
+            if self.tells_stop:
+                self.stopping()
         elif self._tells_end and isinstance(error, AppError):
             self.refused(error.exit_code, str(error))
         self.close(ON_STOP_S if stopped else AT_END_S)
@@ -191,7 +195,7 @@ class Notifier:
                 self._sending = None
                 if not self._waiting and self._deadline is None:
                     self._changed.wait(POLL_S)
-            if self._tells_end and self._stop():
+            if self.tells_stop and self._stop():
                 self.stopping()
             with self._changed:
                 if self._waiting:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pynvml
 
+from app.errors import MachineError
+
 log = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -30,6 +32,28 @@ THROTTLED = {
     pynvml.nvmlClocksEventReasonHwSlowdown: "slowdown, by the card",
 }
 """Reasons for a low clock that something should be done about. Idle, the power limit and settings are none of them."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU is."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+    """Compute capability: (9, 0) is sm_90."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver of this machine and the GPUs that CUDA_VISIBLE_DEVICES leaves."""
+
+    version: str
+    cuda: tuple[int, int]
+    """The newest CUDA that it runs."""
+    cards: tuple[Card, ...]
+    hidden: int
+    """GPUs that CUDA_VISIBLE_DEVICES hides."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +163,43 @@ class Gpus:
         elif not self._failed and not self._lost:
             log.warning("NVML does not start (%s): no gpu/ curves, training goes on", error)
         self._failed = True
+
+
+def installed_driver(visible: str | None) -> Driver | None:
+    """Driver and GPUs; None where this machine, or this container, has none.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES; None is unset.
+
+    Raises:
+        MachineError: there is a driver, and it does not answer.
+    """
+    try:
+        pynvml.nvmlInit()
+    except NO_GPU_HERE:
+        return None
+    except pynvml.NVMLError as error:
+        raise MachineError(f"NVML does not start: {error}") from error
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        chosen = visible_indices(visible, [pynvml.nvmlDeviceGetUUID(handle) for handle in handles])
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+        return Driver(
+            pynvml.nvmlSystemGetDriverVersion(),
+            (cuda // 1000, cuda % 1000 // 10),
+            tuple(_card(handles[index]) for index in chosen),
+            len(handles) - len(chosen),
+        )
+    except pynvml.NVMLError as error:
+        raise MachineError(f"NVML does not answer: {error}") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _card(handle: Any) -> Card:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    total = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    return Card(pynvml.nvmlDeviceGetName(handle), total, (major, minor))
 
 
 def visible_indices(visible: str | None, uuids: Sequence[str]) -> list[int]:

@@ -16,12 +16,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from app.config_pod import PodConfig
 from app.env import Environment, Secret
 from app.errors import ConfigError, MachineError
-from app.ops.startup import is_mounted
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def check_ending(pod: PodConfig, env: Environment) -> None:
     instead = "Attach a network volume, or use pod.on_finish: stop, which keeps the pod's disk"
     if env.runpod_volume_id is None:
         raise ConfigError(f"{expected}; RUNPOD_VOLUME_ID is not set, so this pod has none. {instead}")
-    if not is_mounted(env.workspace):
+    if not _is_mounted(env.workspace):
         raise ConfigError(
             f"{expected}; this pod has one (RUNPOD_VOLUME_ID), but {env.workspace} is no mounted volume. Set WORKSPACE "
             f"to the folder where it is mounted. {instead}"
@@ -296,6 +296,12 @@ def stop_this_pod(
                 alarm(problem)
             failures += 1
         stop.wait(STOP_AGAIN_S)
+
+
+def _is_mounted(folder: Path) -> bool:
+    """Whether a volume is mounted at `folder` or above it, below the root."""
+    folder = folder.resolve()
+    return any(path.is_mount() for path in [folder, *folder.parents] if path != Path("/"))
 
 
 def _checked(pod_id: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,16 @@ ANSWER_WITHIN_S = 3.0
 GONE_AFTER_S = 3.7
 """A pod gives five seconds in all, and PID 1 needs the last of them."""
 LISTENED = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
+
+
+def stop_with(parent: int) -> None:
+    """Be asked to stop when the process that started this one is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        # It was gone before that could be noticed.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopSignal:
@@ -31,6 +43,7 @@ class StopSignal:
     def __init__(self, leave: Callable[[], None] | None = None) -> None:
         """Install the handlers; main thread only."""
         self._asked_at: float | None = None
+        self._first_work: Callable[[], None] | None = None
         self._last_work: Callable[[float], None] | None = None
         for number in LISTENED:
             signal.signal(number, self._remember)
@@ -50,6 +63,12 @@ class StopSignal:
         """Until the process will be gone; infinite while nobody asked for it."""
         return math.inf if self._asked_at is None else max(0.0, self._asked_at + GONE_AFTER_S - time.monotonic())
 
+    def at_once(self, work: Callable[[], None]) -> None:
+        """What the watching thread does as soon as the signal is there; now, where it has been."""
+        self._first_work = work
+        if self():
+            work()
+
     def at_the_last_moment(self, work: Callable[[float], None] | None) -> None:
         """What the watching thread does before it leaves, given the seconds that it may take; None is nothing."""
         self._last_work = work
@@ -63,6 +82,8 @@ class StopSignal:
         while not set(os.read(reader, 512)) & set(LISTENED):
             continue
         self._remember(0, None)
+        if self._first_work is not None:
+            self._first_work()
         while (left := self.seconds_left() - (GONE_AFTER_S - ANSWER_WITHIN_S)) > 0:
             time.sleep(left)
         if self._last_work is not None:

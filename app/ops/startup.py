@@ -89,9 +89,3 @@ def sshd_command(public_keys: str, folder: Path, port: int = 22) -> list[str] | 
     config = own / "sshd_config"
     config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
     return [SSHD, "-D", "-e", "-f", str(config)]
-
-
-def is_mounted(folder: Path) -> bool:
-    """Whether a volume is mounted at `folder` or above it, below the root."""
-    folder = folder.resolve()
-    return any(path.is_mount() for path in [folder, *folder.parents] if path != Path("/"))

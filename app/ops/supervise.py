@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.env import Environment, child_environment, this_pod
+from app.env import Environment, child_environment, cluster_node, this_pod
 from app.errors import MachineError, Stopped
-from app.ops.startup import RUNTIME, is_mounted, runtime_folder, sshd_command, write_shell_file
+from app.ops.startup import RUNTIME, runtime_folder, sshd_command, write_shell_file
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ KILL_AFTER_S = 4.4
 """What is left of a pod's five seconds is for the kernel and this process."""
 HURRY_AFTER_S = 2.5
 LAST_REAPING_S = 0.2
+DOCTOR_S = 2.0
+"""So long the programs wait for the doctor, so that its lines stand before theirs; a slower one goes on beside them."""
 PR_SET_CHILD_SUBREAPER = 36
 INIT = 1
 
@@ -46,28 +48,53 @@ class Shim:
     supervisord: int | None = None
     ended: int | None = None
     """Exit code of supervisord."""
+    doctor: int | None = None
 
-    def run(self, sshd: Sequence[str] | None) -> int:
-        """Until a signal comes or supervisord ends; the exit code."""
+    def run(self, doctor: Sequence[str], sshd: Sequence[str] | None) -> int:
+        """Until a signal comes or supervisord ends; the exit code.
+
+        Args:
+            doctor: a command that says what is wrong here; how it ends means nothing.
+            sshd: the SSH server; None is none.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, LISTENED)
         _adopt_orphans()
+        if sshd is not None:
+            self._spawn(sshd)
+        if self._examine(doctor):
+            return Stopped.exit_code
         # Named root, supervisord does not log as critical that nobody told it to be another user.
         user = ["-u", "root"] if os.getuid() == 0 else []
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(SUPERVISORD_CONFIG), *user]
         self.supervisord = self._spawn(command)
-        if sshd is not None:
-            self._spawn(sshd)
         while True:
             received = signal.sigtimedwait(LISTENED, LOOK_EVERY_S)
             self._reap()
-            if received is not None and received.si_signo in STOPS:
-                log.info("%s: stopping", signal.Signals(received.si_signo).name)
-                self._stop()
+            if self._stopped_by(received):
                 return Stopped.exit_code
             if self.ended is not None:
                 log.error("supervisord ended with %d, which it never should; leaving, to be started again", self.ended)
                 self._stop()
                 return MachineError.exit_code
+
+    def _examine(self, doctor: Sequence[str]) -> bool:
+        """Start the doctor and give it a moment; whether a signal came meanwhile."""
+        self.doctor = self._spawn(doctor)
+        until = time.monotonic() + DOCTOR_S
+        while self.doctor is not None and (left := until - time.monotonic()) > 0:
+            received = signal.sigtimedwait(LISTENED, left)
+            self._reap()
+            if self._stopped_by(received):
+                return True
+        return False
+
+    def _stopped_by(self, received: signal.struct_siginfo | None) -> bool:
+        """Whether this signal ends the container; then everything has ended."""
+        if received is None or received.si_signo not in STOPS:
+            return False
+        log.info("%s: stopping", signal.Signals(received.si_signo).name)
+        self._stop()
+        return True
 
     def _spawn(self, command: Sequence[str]) -> int:
         # The mask is inherited; with it a child would be deaf to SIGTERM.
@@ -81,6 +108,8 @@ class Shim:
                 return
             if pid == 0:
                 return
+            if pid == self.doctor:
+                self.doctor = None
             if pid == self.supervisord:
                 self.supervisord, self.ended = None, os.waitstatus_to_exitcode(status)
 
@@ -120,12 +149,15 @@ class Shim:
         return {pid for pid, parent in living().items() if parent == os.getpid()} - {self.supervisord}
 
 
-def supervise(env: Environment, train_arguments: Sequence[str], runtime: Path = RUNTIME) -> int:
+def supervise(
+    env: Environment, train_arguments: Sequence[str], config_arguments: Sequence[str], runtime: Path = RUNTIME
+) -> int:
     """Run the container's programs until it is stopped.
 
     Args:
         env: the environment.
         train_arguments: of the command `train`.
+        config_arguments: those of them that say the config.
         runtime: folder for what must not lie on the volume.
 
     Returns:
@@ -134,14 +166,19 @@ def supervise(env: Environment, train_arguments: Sequence[str], runtime: Path = 
     folder = runtime_folder(runtime)
     shell_file = write_shell_file(folder)
     log.info("variables for shells by SSH: %s", shell_file)
-    if os.getpid() == INIT and not is_mounted(env.workspace):
-        log.warning("%s is no volume: everything in it is lost with the container", env.workspace)
     sshd = None if env.public_key is None else sshd_command(env.public_key, folder)
     pid_file = folder / PID_FILE
     pid_file.unlink(missing_ok=True)
     arguments = [*train_arguments, "--pid-file", str(pid_file)]
-    added = {"PYTHON": sys.executable, "TRAIN_ARGS": shlex.join(arguments), "RUNTIME_DIR": str(folder)}
-    return Shim(pid_file, child_environment(added)).run(sshd)
+    node = cluster_node()
+    added = {
+        "PYTHON": sys.executable,
+        "TRAIN_ARGS": shlex.join(arguments),
+        "RUNTIME_DIR": str(folder),
+        "SERVES": "true" if node is None or node.rank == 0 else "false",
+    }
+    doctor = [sys.executable, "-m", "app", "doctor", "--brief", *config_arguments]
+    return Shim(pid_file, child_environment(added)).run(doctor, sshd)
 
 
 class Parked:

@@ -7,6 +7,7 @@ a budget is used up                     does not train, or has the trainer save 
 the data folder is empty                waits for a CT
 75, another process holds the run       waits and tries again
 the same error at the same step         again from the state before, once; then 71
+143, and another machine was stopped    again, when it is back
 no sign of life                         is ended, with its stack traces in the log: a crash
 anything else                           a crash: again from the last checkpoint, within the crash budget
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -55,6 +57,8 @@ ENDS = (0, WRONG_ARGUMENTS, 65, 69, 70, 71, 74, 78, 143)
 """Exit codes that are not answered by a new start; see `app.errors`."""
 STOPPED_EARLY = (-signal.SIGTERM, -signal.SIGINT)
 """Stopped before the trainer had its handlers in place."""
+SIGNALLED = 128
+"""Of a run on several GPUs, 128 + N: signal N ended one of its processes, and the launcher all."""
 POLL_S = 0.2
 LONGEST_CRASH_PAUSE_S = 8.0
 FIRST_LOCK_PAUSE_S, LONGEST_LOCK_PAUSE_S = 5.0, 60.0
@@ -115,6 +119,7 @@ class Supervision:
         stop: the wish to stop.
         pid_file: where the processes to be signalled stand while the trainer runs; None where nobody asks.
         notifier: says that the run is refused or stops; what it comes to otherwise, the trainer says.
+        machines: that train the run together.
     """
 
     load_config: Callable[[], Config]
@@ -124,6 +129,7 @@ class Supervision:
     stop: StopRequest
     pid_file: Path | None
     notifier: Notifier
+    machines: int = 1
 
     def run(self) -> int:
         """Train to whatever end, say how to go on, stop the pod where that is asked for; the exit code."""
@@ -165,7 +171,8 @@ class Supervision:
             log.info("finished before: all stages are trained; not started again. Checkpoints in %s", run_dir.path)
             return 0
         run_dir.done.unlink(missing_ok=True)
-        guard = MoneyGuard(config, run_dir, price_per_hour(self.env, self.stop), self.env.runpod_pod_id is not None)
+        price = price_per_hour(self.env, self.stop, machines=self.machines)
+        guard = MoneyGuard(config, run_dir, price, self.env.runpod_pod_id is not None)
         if self.stop():
             return Stopped.exit_code
         guard.check()
@@ -194,9 +201,12 @@ class Supervision:
         while True:
             guard.check()
             code = self._attempt(attempts, hang_after_s, guard)
-            if code is not None and code in ENDS:
+            if self._is_end(code):
+                assert code is not None
                 return code
-            if code == LockError.exit_code:
+            if code == Stopped.exit_code:
+                self._wait_for_machines()
+            elif code == LockError.exit_code:
                 log.warning("another process trains this run; trying again in %.0f s", lock_pause)
                 self.stop.wait(lock_pause)
                 lock_pause = min(2 * lock_pause, LONGEST_LOCK_PAUSE_S)
@@ -204,6 +214,19 @@ class Supervision:
                 self._after_crash(attempts, code, run_dir)
             if self.stop():
                 return Stopped.exit_code
+
+    def _is_end(self, code: int | None) -> bool:
+        """Whether there is no next start."""
+        elsewhere = code == Stopped.exit_code and self.machines > 1 and not self.stop()
+        return code in ENDS and not elsewhere
+
+    def _wait_for_machines(self) -> None:
+        log.info("another machine of the run was stopped; started again, this one waits for it")
+        self.stop.wait(FIRST_LOCK_PAUSE_S)
+
+    def _in_log_file(self) -> AbstractContextManager[None]:
+        """A context in which log lines reach the log file too."""
+        return also_in_file(Workspace(self.env.workspace).logs, self.env)
 
     def _attempt(self, attempts: Attempts, hang_after_s: float, guard: MoneyGuard) -> int | None:
         """Start the trainer once; its exit code, or None where it hung and was ended.
@@ -215,9 +238,8 @@ class Supervision:
         repeated = attempts.repetition()
         if repeated is not None and repeated.wants_fall_back:
             command.append("--fall-back")
-        logs = Workspace(self.env.workspace).logs
         price = {} if guard.usd_per_hour is None else {"POD_COST_PER_HOUR": repr(guard.usd_per_hour)}
-        with Watchdog(hang_after_s, self.stop, lambda: also_in_file(logs, self.env)) as watchdog, guard:
+        with Watchdog(hang_after_s, self.stop, self._in_log_file) as watchdog, guard:
             child = watchdog.start(command, child_environment(price))
             self.stop.watch(child)
             attempts.started(child.pid)
@@ -281,10 +303,10 @@ class Supervision:
 
     def _wait_for_data(self, folder: Path, workspace: Workspace, run_dir: RunDir) -> None:
         """Return once there is something in the data folder or the cache, and nobody is copying any more."""
-        if _has_data(folder) or _has_cases(workspace.cache):
+        if has_data(folder) or has_cases(workspace.cache):
             return
         status, told = RunStatus(run_dir), -DATA_NOTICE_S
-        while not self.stop() and not _has_data(folder):
+        while not self.stop() and not has_data(folder):
             if time.monotonic() - told >= DATA_NOTICE_S:
                 told = time.monotonic()
                 log.info("waiting for data: no CT in %s yet; training starts when one is there", folder)
@@ -328,15 +350,16 @@ def _where(run_dir: RunDir) -> dict[str, Any]:
 def _end(code: int | None) -> str:
     if code is None:
         return "it hung"
-    if code >= 0:
+    if 0 <= code <= SIGNALLED:
         return f"exit code {code}"
     try:
-        return signal.Signals(-code).name
+        return signal.Signals(-code).name if code < 0 else f"{signal.Signals(code - SIGNALLED).name} of a process"
     except ValueError:
-        return f"signal {-code}"
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _has_data(folder: Path) -> bool:
+def has_data(folder: Path) -> bool:
+    """Whether there is something to prepare."""
     # Imported late: reading volumes takes libraries that every start would wait for.
     from app.data.sources import find_sources
 
@@ -349,7 +372,7 @@ def _has_data(folder: Path) -> bool:
     return bool(found.sources or found.dicom or found.refused)
 
 
-def _has_cases(cache: Path) -> bool:
+def has_cases(cache: Path) -> bool:
     """Whether some prepared case is in the cache, which is enough to train."""
     from app.data.cache import CASE_FILE
 

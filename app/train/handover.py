@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from app.config import Config, StageConfig
 from app.data.cases import Case, CaseStore
-from app.errors import CheckpointError
+from app.errors import CheckpointError, MachineError
 from app.model.denoiser import StageModel
 from app.physics.attenuation import hu_to_x
 from app.train.checkpoint import RESUME_KEY, CheckpointFolder
@@ -28,6 +29,8 @@ from app.train.state import StageState, load_ema, new_optimizer
 
 log = logging.getLogger(__name__)
 
+SHOWN_WITHIN_S, SHOWN_POLL_S = 30.0, 0.5
+"""A network volume shows another machine's new files after some seconds."""
 RESIDUAL_CASES = 64
 """Training cases that the residual scale is measured on."""
 
@@ -73,7 +76,19 @@ class Parents:
             model = load_ema(self.config, parent, payload[RESUME_KEY]["ema_state_dict"], path).to(device)
             with precision.autocast():
                 hand_over(model, self.store, self.cases, grandparent, folder, self.config, stop, self.ranks)
+        self.ranks.everyone(lambda: self._expect(folder))
         return folder
+
+    def _expect(self, folder: LowresFolder) -> None:
+        """On another machine than the first, which has written them: wait for the volume to show its files."""
+        end = time.monotonic() + SHOWN_WITHIN_S
+        while self.ranks.node > 0 and not all(folder.path(case).exists() for case in self.cases):
+            if time.monotonic() > end:
+                raise MachineError(
+                    f"{folder.folder}: the volumes that the first machine has made are not here. Every machine of a "
+                    "run must see the same volume at its WORKSPACE, if only to read its cache"
+                )
+            time.sleep(SHOWN_POLL_S)
 
     def _best(self, stage: StageConfig) -> tuple[dict[str, Any], Path]:
         return self.ranks.first(lambda: self._find_best(stage))

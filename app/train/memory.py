@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,7 @@ def step_memory(config: Config, stage: StageConfig, precision: str, micro_batch:
     """
     count = micro_batch or stage.micro_batch or stage.batch
     live = _Live()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _Shapes(), live:
-        # `copy.deepcopy`, by which EMA starts, asks every tensor for its address.
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    with _without_numbers(), live:
         state = new_state(config, stage, CPU, Precision(precision, CPU), "", None)
         weights = live.now
         state.model.train()
@@ -71,6 +70,25 @@ def step_memory(config: Config, stage: StageConfig, precision: str, micro_batch:
             _step(state, config, count)
         moments = sum(leaf.nbytes for leaf in tree_leaves(dict(state.optimizer.state)) if isinstance(leaf, Tensor))
     return StepMemory(weights, moments, live.peak)
+
+
+def checkpoint_bytes(config: Config, stage: StageConfig) -> int:
+    """Bytes of the tensors in a checkpoint of `stage`: the model, its EMA and both moments of AdamW."""
+    with _without_numbers():
+        state = new_state(config, stage, CPU, Precision("fp32", CPU), "", None)
+        kept = [*state.model.state_dict().values(), *state.ema.model.state_dict().values()]
+        moments = 2 * sum(parameter.nbytes for parameter in state.model.parameters())
+        total: int = moments + sum(tensor.nbytes for tensor in kept)
+    return total
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Tensors made in here have shapes alone, and no generator moves."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _Shapes():
+        # `copy.deepcopy`, by which EMA starts, asks every tensor for its address.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 def _step(state: StageState, config: Config, count: int) -> None:

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from app.config import StageConfig
+from app.config import Config, StageConfig
 from app.env import LauncherRanks
 from app.errors import AppError, ConfigError, MachineError
+from app.train.processes import batches_in_words, processes_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     """Among the processes of this machine: the number of its GPU."""
+    local_size: int = 1
+    """Processes of this machine."""
+    node: int = 0
+    """Number of this machine; the others write nothing to the volume."""
     _buffers: list[Tensor] = field(default_factory=list, compare=False, repr=False)
     """The buffer of `reduce_step`, kept from step to step."""
 
@@ -62,7 +67,7 @@ class Ranks:
         if self.local_rank >= torch.cuda.device_count():
             raise MachineError(
                 f"process {self.local_rank + 1} of this machine finds {torch.cuda.device_count()} GPUs: start one "
-                "process per GPU (--nproc-per-node)"
+                "process per GPU (compute.processes, or torchrun's --nproc-per-node)"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
@@ -180,6 +185,10 @@ class Ranks:
         """This process's share of work that is not divided by samples."""
         return items[self.rank :: self.size]
 
+    def written(self, items: Sequence[Result]) -> Sequence[Result]:
+        """This process's share of work whose result is written: the first machine's processes do it."""
+        return items[self.local_rank :: self.local_size] if self.node == 0 else []
+
     def everyone(self, work: Callable[[], Result]) -> Result:
         """Each process's own result of `work`, once all of them are done.
 
@@ -229,7 +238,30 @@ def join(place: LauncherRanks | None) -> Ranks:
     # Objects and flags travel by gloo: NCCL would take them through the memory of the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
-    return Ranks(place.rank, place.size, place.local_rank)
+    return Ranks(place.rank, place.size, place.local_rank, place.local_size, place.node)
+
+
+def processes_here(config: Config, only: Sequence[str], machines: int) -> int:
+    """How many processes this machine starts for a run.
+
+    Args:
+        config: the run.
+        only: names of the stages to train; empty is all.
+        machines: that train it together.
+
+    Raises:
+        MachineError: it has fewer GPUs than the config asks for.
+    """
+    gpus = 0 if config.compute.device == "cpu" else torch.cuda.device_count()
+    count = processes_of(config, only, gpus, machines)
+    if config.compute.processes == "auto" and count < gpus:
+        log.warning(
+            "%d of %d GPUs are used: the samples of a step cannot be divided equally among more (%s)",
+            count,
+            gpus,
+            batches_in_words(config, only),
+        )
+    return count
 
 
 def interleaved(shares: Sequence[Sequence[Result]]) -> list[Result]:

@@ -93,7 +93,7 @@ def hand_over(
 ) -> None:
     """Write the parent's output for every case into `target`; whole chunks that are there already are kept.
 
-    Several processes share the chunks; all of them are written when this returns.
+    The first machine's processes share the chunks; all of them are written when this returns.
 
     Raises:
         Stopped: `stop` asked for it, in this process or in another one of the run; finished chunks stay.
@@ -104,7 +104,8 @@ def hand_over(
     missing = ranks.first(lambda: [chunk for chunk in chunks if not all(target.path(case).exists() for case in chunk)])
     if not missing:
         return
-    target.folder.mkdir(parents=True, exist_ok=True)
+    if ranks.node == 0:
+        target.folder.mkdir(parents=True, exist_ok=True)
     log.info("hand-over: %s makes the low-resolution volumes of %d cases", stage.name, sum(map(len, missing)))
 
     def make(chunk: Sequence[Case]) -> None:
@@ -123,7 +124,7 @@ def hand_over(
 
     def make_mine() -> None:
         silent = None if ranks.is_first else True
-        for chunk in tqdm(ranks.mine(missing), desc=f"hand-over of {stage.name}", unit="chunk", disable=silent):
+        for chunk in tqdm(ranks.written(missing), desc=f"hand-over of {stage.name}", unit="chunk", disable=silent):
             make(chunk)
 
     ranks.everyone(make_mine)

@@ -1,4 +1,4 @@
-"""The same run on one process and on two, and from one to the other across a stop: the same curves."""
+"""The same run on one process and on two under torchrun, called by hand: the same curves, also across a stop."""
 
 from __future__ import annotations
 
@@ -10,28 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import ROOT, TINY
 from tests.runs import (
     RUN,
-    Series,
+    assert_close,
+    assert_close_state,
     assert_same_state,
     has_step,
-    load,
     manifest,
     series,
     start,
-    tensors,
     train,
     wait_until,
-    without_wall_clock,
 )
 
-RTOL = 1e-5
-"""Of every point of every curve. Two processes add the same gradients in another order; one step differs by 1e-7."""
-ATOL_DB = 1e-3
-"""Of gains and X-ray use, which are differences of PSNRs and near 0 in a network that has learned nothing yet."""
 FOREIGN = {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 """What a cluster sets for every process of a machine."""
 
@@ -78,33 +71,6 @@ def second(launcher: subprocess.Popen[str]) -> int:
         if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
             return int(child)
     raise AssertionError("the launcher has no such child")
-
-
-def assert_close(found: Series, expected: Series) -> None:
-    """The same tags and steps, each step once, and the same values but for rounding."""
-    found, expected = without_wall_clock(found), without_wall_clock(expected)
-    assert found.keys() == expected.keys()
-    for tag, points in expected.items():
-        assert [step for step, _ in found[tag]] == [step for step, _ in points], tag
-        for (step, value), (_, other) in zip(found[tag], points, strict=True):
-            allowed = ATOL_DB if tag.endswith("_db") else 0.0
-            assert value == pytest.approx(other, rel=RTOL, abs=allowed), f"{tag} at {step}"
-
-
-def assert_close_state(one: Path, other: Path) -> None:
-    """The same counters to the number, among them the optimizer's; weights, EMA and moments but for rounding."""
-    first, second = load(one), load(other)
-    assert first["epoch"] == second["epoch"]
-    assert first["scaler_state_dict"] == second["scaler_state_dict"]
-    for key in ("step", "epochs", "best_epochs", "precision", "fingerprint"):
-        assert first["resume"][key] == second["resume"][key], key
-    left, right = tensors(first), tensors(second)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        if name.endswith(".step"):
-            assert torch.equal(tensor, right[name]), name
-        # Where the gradient is rounding, Adam makes a step of it whose size is the learning rate, 1e-3.
-        torch.testing.assert_close(tensor, right[name], rtol=1e-3, atol=5e-4, msg=lambda text, name=name: name + text)
 
 
 def test_two_processes_draw_the_curves_of_one(together: Path, alone: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from app.config import Config
 from app.config_fields import keys
-from app.env import VARIABLES, Environment
+from app.env import Environment
+from app.env_variables import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "app").rglob("*.py"))
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "top": {"base", "physics", "data", "model", "train", "ops", "top"},
 }
 BASE = {"config", "env", "errors", "log", "tags", "workspace"}
-"""Modules below all packages, besides those whose names begin with `config_`; the other modules of `app` are on top."""
+"""Modules below all packages, with those whose names begin with `config_` or `env_`; others of `app` are on top."""
 
 
 def layer(module):
@@ -30,7 +31,7 @@ def layer(module):
     name = module.split(".")[1] if "." in module else ""
     if name in PACKAGES:
         return name
-    return "base" if name in BASE or name.startswith("config_") or not name else "top"
+    return "base" if name in BASE or name.startswith(("config_", "env_")) or not name else "top"
 
 
 def module_name(path):

@@ -181,6 +181,15 @@ def test_every_finding_is_reported_at_once_with_its_line(write):
             "compute: {device: gpu}",
             "c.yaml:1: compute.device: expected one of `auto`, `cuda`, `cpu`, found 'gpu'",
         ),
+        (
+            "compute: {processes: 0}",
+            "c.yaml:1: compute.processes: expected `auto` or whole number >= 1, <= 64, found 0",
+        ),
+        (
+            "compute: {processes: atuo}",
+            "c.yaml:1: compute.processes: expected `auto` or whole number >= 1, <= 64, found 'atuo'; did you mean "
+            "'auto'?",
+        ),
         ("compute: {device: no}", "c.yaml:1: compute.device: expected one of `auto`, `cuda`, `cpu`, found 'no'"),
         ("stages: []", "c.yaml:1: stages: expected at least 1 item, found []"),
         ("stages: {}", "c.yaml:1: stages: expected a list of sections, found {}"),

@@ -2,7 +2,20 @@ from pathlib import Path
 
 import pytest
 
-from app.env import VARIABLES, Environment, LauncherRanks, Secret, launcher_ranks, this_pod
+from app.env import (
+    ClusterNode,
+    Environment,
+    LauncherRanks,
+    Secret,
+    cluster_node,
+    launcher_ranks,
+    preset_ranks,
+    process_environment,
+    this_pod,
+    unresolved_placeholders,
+    wandb_api,
+)
+from app.env_variables import CLUSTER_VARIABLES, VARIABLES
 from app.errors import ConfigError
 
 
@@ -124,9 +137,10 @@ def test_another_address_is_an_error_that_does_not_show_it(url):
 
 def test_only_the_elastic_launcher_makes_a_process_one_of_several():
     """RunPod's clusters set WORLD_SIZE and its like for every process; TORCHELASTIC_RUN_ID is the launcher's own."""
-    ranks = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
-    assert launcher_ranks(ranks) is None
-    assert launcher_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == LauncherRanks(rank=3, size=8, local_rank=1)
+    ranks = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
+    assert launcher_ranks({**ranks, "MASTER_ADDR": "10.0.0.1"}) is None
+    place = LauncherRanks(rank=6, size=8, local_rank=2, local_size=4, node=1)
+    assert launcher_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == place
 
 
 @pytest.mark.parametrize("text", ["free", "0", "-1", "nan", "inf", "0,44"])
@@ -149,3 +163,81 @@ def test_the_pod_is_known_though_other_variables_are_wrong():
         Secret("rpa_1"),
     )
     assert this_pod({"LOG_LEVEL": "LOUD"}) == (None, None)
+
+
+CLUSTER = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.65.0.2", "MASTER_PORT": "29400", "WORLD_SIZE": "16"}
+
+
+def test_a_cluster_is_what_has_more_than_one_machine():
+    """RunPod's variables, by either of their names; without NUM_NODES above 1 the others mean nothing."""
+    assert cluster_node(CLUSTER) == ClusterNode(1, 2, "10.65.0.2", 29400)
+    other = {name.replace("MASTER", "PRIMARY"): value for name, value in CLUSTER.items()}
+    assert cluster_node(other) == ClusterNode(1, 2, "10.65.0.2", 29400)
+    assert cluster_node({}) is None
+    assert cluster_node({**CLUSTER, "NUM_NODES": "1", "NODE_RANK": "x"}) is None
+    assert {variable.name for variable in CLUSTER_VARIABLES} == set(CLUSTER) - {"WORLD_SIZE"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("NUM_NODES", "two", "environment variable NUM_NODES: expected a whole number of at least 1, found 'two'"),
+        ("NODE_RANK", "2", "environment variable NODE_RANK: expected a whole number from 0 to 1, found '2'"),
+        ("NODE_RANK", "", "environment variable NODE_RANK: expected a whole number from 0 to 1, found ''"),
+        ("MASTER_PORT", "0", "environment variable MASTER_PORT: expected a whole number from 1 to 65535, found '0'"),
+        ("MASTER_ADDR", " ", "NUM_NODES is 2, and neither MASTER_ADDR nor PRIMARY_ADDR names the first machine"),
+    ],
+)
+def test_a_cluster_that_does_not_say_where_this_machine_is_is_an_error(name, value, message):
+    """It names the variable and what it may be."""
+    with pytest.raises(ConfigError) as caught:
+        cluster_node({**CLUSTER, name: value})
+    assert str(caught.value) == message
+
+
+def test_the_processes_of_a_run_talk_through_one_network_unless_the_user_chose_another(monkeypatch):
+    """NCCL matches prefixes, so its name says that it is whole."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    found = process_environment({"RANK": "3"}, "ens1")
+    assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"], found["RANK"]) == ("eth1", "=ens1", "3")
+    assert "NCCL_SOCKET_IFNAME" not in process_environment({}, None)
+
+
+def test_ranks_without_a_launcher_are_preset_by_the_cluster():
+    """With a launcher they are its own."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": " ", "PATH": "/bin"}
+    assert preset_ranks(ranks) == {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    assert preset_ranks({**ranks, "TORCHELASTIC_RUN_ID": "none"}) == {}
+
+
+def test_placeholders_are_found_in_any_variable():
+    """In ours, in secrets of others, and inside a longer text; a text with braces of its own is none."""
+    environ = {
+        "RUN_NAME": "{{ name }}",
+        "HF_TOKEN": "{{ hf }}",
+        "AUTHORIZATION": "Bearer {{ RUNPOD_SECRET_hf }}",
+        "TEMPLATE": "{{ title }}",
+        "WANDB_API_KEY": "0123",
+    }
+    assert unresolved_placeholders(environ) == {
+        "AUTHORIZATION": "{{ RUNPOD_SECRET_hf }}",
+        "HF_TOKEN": "{{ hf }}",
+        "RUN_NAME": "{{ name }}",
+    }
+
+
+def test_the_usable_part_of_an_environment():
+    """Every value that a variable may not have is reported, and the others stand."""
+    env, problems = Environment.read_usable({"PORT": "http", "WANDB_MODE": "ofline", "RUNPOD_VOLUME_ID": "vol1"})
+    assert (env.port, env.wandb_mode, env.runpod_volume_id) == (6006, None, "vol1")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "environment variable PORT",
+        "environment variable WANDB_MODE",
+    ]
+
+
+def test_weights_and_biases_is_where_it_looks_itself():
+    """A server of one's own is in its own variable."""
+    assert wandb_api({}) == "https://api.wandb.ai"
+    assert wandb_api({"WANDB_BASE_URL": "http://wandb.example/"}) == "http://wandb.example"

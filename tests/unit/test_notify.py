@@ -174,6 +174,20 @@ def test_a_stop_is_told_once_and_first(hook: Webhook, notifier: Callable[..., No
     assert hook.events == ["stopping"]
 
 
+def test_a_launcher_leaves_the_stop_to_its_processes_and_tells_its_own_refusal(
+    hook: Webhook, notifier: Callable[..., Notifier]
+) -> None:
+    """It may end before they run: the machines did not meet."""
+    senders = [notifier(), notifier()]
+    for sender in senders:
+        sender.tells_stop = False
+    with pytest.raises(Stopped), senders[0]:
+        raise Stopped("stopped in training")
+    with pytest.raises(ConfigError), senders[1]:
+        raise ConfigError("NUM_NODES is 2")
+    assert hook.events == ["refused"]
+
+
 def test_a_stop_that_another_process_heard_of_is_told(hook: Webhook, notifier: Callable[..., Notifier]) -> None:
     """One of several processes of a run got the signal: all leave, and the first one says so."""
     with pytest.raises(Stopped), notifier():

@@ -8,7 +8,7 @@ import pytest
 
 from app.env import child_environment, shell_environment
 from app.ops.runpod import read_template
-from app.ops.startup import SSHD, is_mounted, runtime_folder, sshd_command, write_shell_file
+from app.ops.startup import SSHD, runtime_folder, sshd_command, write_shell_file
 from tests.conftest import ROOT
 
 DIGEST = f"registry.example/ct@sha256:{'ab' * 32}"
@@ -58,12 +58,6 @@ def test_without_an_ssh_server_the_log_says_so(tmp_path, monkeypatch, caplog):
     assert sshd_command("ssh-ed25519 AAAA me", tmp_path) is None
     assert "PUBLIC_KEY is set, but there is no" in caplog.text
     assert SSHD == "/usr/sbin/sshd"
-
-
-def test_mounted_folders_are_told_from_others(tmp_path):
-    """A volume that is no mount is lost with the container."""
-    assert is_mounted(ROOT.__class__("/proc/sys"))
-    assert not is_mounted(ROOT.__class__("/nowhere"))
 
 
 @pytest.mark.parametrize("script", ["runpod-template", "runpod-watch"])
