@@ -55,7 +55,7 @@ def supervised(start: Callable[..., Container], account: RunPod, *arguments: str
 
 def goes_down(container: Container, account: RunPod, status: str = "EXITED") -> int:
     """Wait until the pod is told to stop, then stop its container as RunPod does; its exit code."""
-    container.until(lambda: account.status == status, limit_s=240)
+    container.until(lambda: account.status == status)
     container.until(lambda: "accepted by" in container.output)
     code, _ = container.stop()
     container.close()
@@ -81,7 +81,7 @@ def test_hours_end_a_run_that_is_saved_verified_stopped_and_refused_until_they_a
     late = tmp_path / "late"
     first = supervised(start, account, *LONG, "--set", "pod.max_hours=100", late=str(late))
     run = first.workspace / RUN
-    first.until(has_step(run, "stage_8", 2), limit_s=240)
+    first.until(has_step(run, "stage_8", 2))
     trainer = first.trainer()
     late.touch()
     assert goes_down(first, account) == 69
@@ -119,7 +119,7 @@ def test_hours_end_a_run_that_is_saved_verified_stopped_and_refused_until_they_a
     assert reason.count("before the stop: ") == 1
 
     third = supervised(start, account, *LONG, "--set", "pod.max_hours=200")
-    third.until(lambda: len(manifest(run)) > saved + 1, limit_s=240)
+    third.until(lambda: len(manifest(run)) > saved + 1)
     assert not (run / "REASON").exists()
     assert third.stop()[0] == 143
 
@@ -134,7 +134,7 @@ def test_costs_end_a_run_and_graphql_stops_its_pod(
     limit = ("--set", "pod.max_cost_usd=1e6")
     first = supervised(start, account, *LONG, *limit, late=str(late))
     run = first.workspace / RUN
-    first.until(has_step(run, "stage_8", 2), limit_s=240)
+    first.until(has_step(run, "stage_8", 2))
     assert account.requests == []
     late.touch()
     assert goes_down(first, account) == 69
@@ -164,7 +164,7 @@ def test_an_idle_gpu_ends_a_run_and_a_busy_api_is_asked_again(start: Callable[..
     account.status = "RUNNING"
     busy = supervised(start, account, *LONG, "--set", "pod.max_idle_gpu_minutes=0.05", gpu_percent=3)
     saved = len(manifest(run))
-    busy.until(lambda: len(manifest(run)) > saved + 10, limit_s=240)
+    busy.until(lambda: len(manifest(run)) > saved + 10)
     assert "all GPUs were at" not in busy.output
     assert busy.stop()[0] == 143
     assert account.status == "RUNNING"
@@ -179,7 +179,7 @@ def test_a_pod_that_cannot_be_stopped_keeps_its_result_and_says_so_again_and_aga
     loud = (
         "THIS POD COULD NOT BE STOPPED AND COSTS MONEY: stop or terminate it in the console. The run's files are safe"
     )
-    container.until(lambda: container.output.count(loud) >= 3, limit_s=240)
+    container.until(lambda: container.output.count(loud) >= 3)
     assert goes_down(container, account) == 0
     run = container.workspace / RUN
     assert "the price of this pod is not known" in container.output
