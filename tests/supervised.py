@@ -62,7 +62,7 @@ class Container:
         assert self.process.stdout is not None
         self.lines.extend(self.process.stdout)
 
-    def until(self, condition: Callable[[], object], limit_s: float = 60.0) -> None:
+    def until(self, condition: Callable[[], object], limit_s: float = 240.0) -> None:
         """Poll."""
         deadline = time.monotonic() + limit_s
         while not condition():
