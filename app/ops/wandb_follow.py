@@ -7,6 +7,9 @@ Which points are sent:
   summary. Points at that very position are sent again, because it may have got only some of them; a repeated point has
   the same position and the same value.
 
+The best values in the run's summary are taken from all points of the event files, sent or not: what `define_metric` has
+for this (`summary="min"`) starts anew with each attempt that is online.
+
 The step is logged as a value with `define_metric`, never as `step=`: the server drops rows whose step goes back, and a
 run has three kinds of steps.
 """
@@ -35,7 +38,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from app.env import Environment
 from app.log import setup_logging
 from app.ops.event_files import EventReader
-from app.tags import NO_AXIS, axis, is_axis
+from app.tags import BEST, NO_AXIS, axis, best_name, is_axis
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ def follow(job: Job, ended: Ended) -> None:
             last = ended(POLL_S if complete_since else 0.0)
             for event in reader.poll():
                 sender.send(event)
+            sender.send_bests()
             complete_since = complete_since or time.monotonic()
             if time.monotonic() - complete_since > 2 * FLUSH_S:
                 _remove_superseded(job, run)
@@ -97,11 +101,14 @@ class Sender:
         self._run = run
         self._defined: set[str] = set()
         self._sent = _positions(run) if run.resumed else {}
+        self._best: dict[str, float] = {}
+        self._best_sent: dict[str, float] = {}
 
     def send(self, event: Event) -> None:
         """Sends the points of `event` that the server lacks; one row for each axis."""
         rows: dict[str, dict[str, Any]] = {}
         for value in event.summary.value:
+            self._compare(value.tag, value.simple_value, event.step)
             content = _content(value)
             name = axis(value.tag)
             if content is None or event.step < self._sent.get(name, event.step):
@@ -110,6 +117,20 @@ class Sender:
             rows.setdefault(name, {} if name == NO_AXIS else {name: event.step})[value.tag] = content
         for row in rows.values():
             self._run.log({**row, "_timestamp": event.wall_time})
+
+    def send_bests(self) -> None:
+        """Puts the best values so far into the summary, where they have changed."""
+        changed = {name: best for name, best in self._best.items() if self._best_sent.get(name) != best}
+        if changed:
+            self._run.summary.update(changed)
+            self._best_sent.update(changed)
+
+    def _compare(self, tag: str, found: float, epochs: int) -> None:
+        """A stage's first validation, before it is trained, is never its best: no checkpoint is."""
+        better = BEST.get(tag.partition("/")[2])
+        if better is not None and epochs > 0:
+            name = best_name(tag)
+            self._best[name] = better(self._best.get(name, found), found)
 
     def _define(self, tag: str, name: str) -> None:
         if tag in self._defined or name == NO_AXIS:

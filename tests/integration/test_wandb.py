@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,36 @@ def test_the_config_is_shown_without_paths(run: RunDir) -> None:
     assert updates["data"]["path"] is None
 
 
+def log_epochs(log: RunLog, first: int, val_losses: Sequence[float]) -> None:
+    """Validations of one stage; PSNR is worst where the loss is best."""
+    for epoch, val_loss in enumerate(val_losses, start=first):
+        log.scalars({"stage_16/val_loss": val_loss, "stage_16/val_psnr_db": 20 + val_loss}, epoch)
+
+
+BEST = {"stage_16/best_val_loss": 1.0, "stage_16/best_val_psnr_db": 25.0}
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    """The summary that a `.wandb` file ends with."""
+    return {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in records(path)
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+
+
+def test_the_best_of_all_attempts_stands_in_an_offline_summary(run: RunDir) -> None:
+    """Later attempts are worse and the untrained network's figures are better than all: neither counts."""
+    for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
+        log = start(run)
+        log_epochs(log, first, val_losses)
+        log.close()
+    summary = summary_of(wandb_file(run))
+    assert {name: summary[name] for name in BEST} == BEST
+    assert summary["stage_16/val_loss"] == 3.0
+
+
 class Server(ThreadingHTTPServer):
     """As much of the W&B server as one run needs: it keeps history and summary, and says what it has."""
 
@@ -299,6 +329,16 @@ def test_an_online_run_goes_on_where_the_server_stands(run: RunDir, online: Serv
     for tag, last in (("stage_16/train_loss_step", 37), ("perf/samples_per_s", 37), ("stage_16/val_loss", 3)):
         again = [point for point in expected[tag] if point[0] == last]
         assert sorted(found[tag]) == sorted(expected[tag] + again)
+
+
+def test_the_best_of_all_attempts_stands_at_the_server(run: RunDir, online: Server) -> None:
+    """Though the later attempts send worse points only."""
+    for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
+        log = start(run, "online")
+        log_epochs(log, first, val_losses)
+        log.close()
+        assert {name: online.summary[name] for name in BEST} == BEST
+    assert online.summary["stage_16/val_loss"] == 3.0
 
 
 def test_nothing_about_the_machine_is_sent(run: RunDir, online: Server) -> None:
