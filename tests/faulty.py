@@ -206,6 +206,11 @@ def out_of_memory(nth: Nth) -> None:
     before(app.train.stage, "_losses", lambda *_: nth())
 
 
+def hurried_at_the_end(nth: Nth) -> None:
+    """A finished run waits for Weights & Biases for seconds in place of a minute."""
+    app.cascade.FOLLOWERS_AT_END_S = 2.0
+
+
 def main() -> int:
     """Arm the fault and run the application."""
     name, _, count = sys.argv[1].partition(":")

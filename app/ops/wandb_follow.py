@@ -20,6 +20,7 @@ import fcntl
 import io
 import json
 import logging
+import os
 import select
 import shutil
 import signal
@@ -46,6 +47,8 @@ POLL_S = 5.0
 RETRY_S = 300.0
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 60.0
+NICE = 10
+"""On a machine without an idle core, training comes first."""
 FLUSH_S = 2.0
 """Interval at which wandb writes its own file."""
 
@@ -246,6 +249,7 @@ def run_from_pipe() -> None:
     # Only the trainer ends this process: it writes when it is done, and its death closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(NICE)
     setup_logging(None, Environment.read())
     job = Job(**json.loads(_first_line()))
     try:

@@ -1,97 +1,29 @@
 """Weights & Biases gets what TensorBoard gets, learns nothing about the machine, and cannot hold the run up."""
 
-import contextlib
-import gzip
 import json
 import os
-import re
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
 
 from app.config import Config
 from app.config_file import config_as_dict
 from app.ops.event_files import EventReader, rewind
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
-from app.tags import axis, is_axis, keep_before
+from app.tags import axis, keep_before
 from app.workspace import RunDir
-
-BLOCK_BYTES = 32768
-KEY = "0123456789abcdef0123456789abcdef01234567"
-Points = dict[str, list[tuple[int, float]]]
-
-
-def records(path: Path) -> Iterator[Record]:
-    """The records of a `.wandb` file: a LevelDB log, chunks with checksums in blocks of 32 KiB."""
-    data, position, parts = path.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
-    while position + 7 <= len(data):
-        left = BLOCK_BYTES - position % BLOCK_BYTES
-        if left < 7:
-            position += left
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, position)
-        chunk = data[position + 7 : position + 7 + length]
-        assert checksum == zlib.crc32(bytes([kind]) + chunk)
-        position += 7 + length
-        parts += chunk
-        if kind in (1, 4):  # whole, or the last of several
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The history rows of a `.wandb` file."""
-    return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records(path)
-        if record.HasField("history")
-    ]
-
-
-def points_of(path: Path) -> Points:
-    """Scalars by tag, each at the position that its row gives for the tag's axis."""
-    found: Points = defaultdict(list)
-    for row in rows(path):
-        for tag, content in row.items():
-            if (
-                not is_axis(tag)
-                and axis(tag) in row
-                and not re.search(r"\.(size|width|height)$", tag)
-                and isinstance(content, int | float)
-            ):
-                found[tag].append((row[axis(tag)], float(content)))
-    return dict(found)
-
-
-def tensorboard_points(folder: Path) -> Points:
-    """Scalars of the event files by tag."""
-    found: Points = defaultdict(list)
-    for event in EventReader(folder).poll():
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                found[value.tag].append((event.step, value.simple_value))
-    return dict(found)
-
-
-def wandb_file(run: RunDir) -> Path:
-    """The one offline file of the run."""
-    (path,) = run.wandb.glob("offline-run-*/*.wandb")
-    return path
+from tests.wandb_files import Points, points_of, records, rows, summary_of, tensorboard_points, wandb_file
+from tests.wandb_server import KEY, Server
 
 
 def log_steps(log: RunLog, first: int, last: int) -> None:
@@ -205,16 +137,6 @@ def log_epochs(log: RunLog, first: int, val_losses: Sequence[float]) -> None:
 BEST = {"stage_16/best_val_loss": 1.0, "stage_16/best_val_psnr_db": 25.0}
 
 
-def summary_of(path: Path) -> dict[str, Any]:
-    """The summary that a `.wandb` file ends with."""
-    return {
-        item.key or ".".join(item.nested_key): json.loads(item.value_json)
-        for record in records(path)
-        if record.HasField("summary")
-        for item in record.summary.update
-    }
-
-
 def test_the_best_of_all_attempts_stands_in_an_offline_summary(run: RunDir) -> None:
     """Later attempts are worse and the untrained network's figures are better than all: neither counts."""
     for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
@@ -224,75 +146,6 @@ def test_the_best_of_all_attempts_stands_in_an_offline_summary(run: RunDir) -> N
     summary = summary_of(wandb_file(run))
     assert {name: summary[name] for name in BEST} == BEST
     assert summary["stage_16/val_loss"] == 3.0
-
-
-class Server(ThreadingHTTPServer):
-    """As much of the W&B server as one run needs: it keeps history and summary, and says what it has."""
-
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), ServerHandler)
-        self.address = f"http://127.0.0.1:{self.server_port}"
-        self.history: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.requests: list[bytes] = []
-
-    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a GraphQL request."""
-        project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "lab"}}
-        bucket = {"id": "b", "name": variables.get("name"), "displayName": "run", "historyLineCount": len(self.history)}
-        if operation == "RunResumeStatus":
-            tail = json.dumps([json.dumps(row) for row in self.history[-1:]])
-            state = {"summaryMetrics": json.dumps(self.summary), "historyTail": tail, "eventsTail": "[]"}
-            counts = {"logLineCount": 0, "eventsLineCount": 0, "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
-            return {"model": {**project, "bucket": {**bucket, **state, **counts} if self.history else None}}
-        if operation == "UpsertBucket":
-            return {"upsertBucket": {"bucket": {**bucket, "config": "{}", "project": project}, "inserted": True}}
-        if operation == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{self.address}/upload"} for name in variables["files"]]
-            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        return {}
-
-    def receive(self, files: dict[str, Any]) -> None:
-        """A piece of the file stream."""
-        if history := files.get("wandb-history.jsonl"):
-            assert history["offset"] == len(self.history)
-            self.history += [json.loads(line) for line in history["content"]]
-        if summary := files.get("wandb-summary.json"):
-            self.summary = json.loads(summary["content"][-1])
-
-
-class ServerHandler(BaseHTTPRequestHandler):
-    """Reads one request and answers it."""
-
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        self.server.requests.append(self.path.encode() + body)
-        answer: dict[str, Any] = {}
-        if self.path == "/graphql":
-            request = json.loads(body)
-            answer = {"data": self.server.answer(request.get("operationName", ""), request["variables"])}
-        elif self.path.endswith("/file_stream"):
-            self.server.receive(json.loads(body).get("files") or {})
-        encoded = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
-
-    do_PUT = do_POST
-
-    def handle(self) -> None:
-        """A client that was killed is no error."""
-        with contextlib.suppress(ConnectionResetError):
-            super().handle()
-
-    def log_message(self, *args: object) -> None:
-        """Quiet."""
 
 
 @pytest.fixture
