@@ -394,7 +394,7 @@ class _Run:
         followers = []
         if self.env.wandb_on:
             mode: Literal["online", "offline"] = "offline" if self.env.wandb_mode == "offline" else "online"
-            followers.append(WandbLog(self.run_dir, self.config, mode))
+            followers.append(WandbLog(self.run_dir, self.config, mode, device_name(self.device, self.ranks.size)))
         run_log = RunLog(curves, followers)
         run_log.layout(layout(_names(self.config)))
         run_log.text(

@@ -80,6 +80,18 @@ def wandb_file(run: RunDir) -> Path:
     return path
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """The config of a `.wandb` file, without what wandb says of itself."""
+    found = {
+        item.key: json.loads(item.value_json)
+        for record in records(path)
+        if record.HasField("run")
+        for item in record.run.config.update
+    }
+    del found["_wandb"]
+    return found
+
+
 def summary_of(path: Path) -> dict[str, Any]:
     """The summary that a `.wandb` file ends with."""
     return {

@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.history: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
         self.requests: list[bytes] = []
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -33,10 +34,18 @@ class Server(ThreadingHTTPServer):
         if operation == "RunResumeStatus":
             tail = json.dumps([json.dumps(row) for row in self.history[-1:]])
             state = {"summaryMetrics": json.dumps(self.summary), "historyTail": tail, "eventsTail": "[]"}
-            counts = {"logLineCount": 0, "eventsLineCount": 0, "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
+            counts = {
+                "logLineCount": 0,
+                "eventsLineCount": 0,
+                "config": json.dumps(self.config),
+                "tags": [],
+                "wandbConfig": '{"t": 1}',
+            }
             return {"model": {**project, "bucket": {**bucket, **state, **counts} if self.history else None}}
         if operation == "UpsertBucket":
-            return {"upsertBucket": {"bucket": {**bucket, "config": "{}", "project": project}, "inserted": True}}
+            self.config = json.loads(variables.get("config") or json.dumps(self.config))
+            bucket |= {"config": json.dumps(self.config), "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.address}/upload"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}

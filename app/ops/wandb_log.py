@@ -18,6 +18,7 @@ from typing import Literal
 import app
 from app.config import Config
 from app.config_file import config_as_dict
+from app.ops.provenance import provenance
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ class WandbLog:
         run_dir: the run; its id at Weights & Biases is kept in there, so that every attempt continues the same run.
         config: shown with the run, without paths.
         mode: `offline` writes a folder for `wandb sync` instead of sending.
+        device: what this attempt trains on.
     """
 
-    def __init__(self, run_dir: RunDir, config: Config, mode: Literal["online", "offline"]) -> None:
+    def __init__(self, run_dir: RunDir, config: Config, mode: Literal["online", "offline"], device: str) -> None:
         job = {
             "root": str(run_dir.path.resolve()),
             "tensorboard": str(run_dir.tensorboard.resolve()),
@@ -44,7 +46,7 @@ class WandbLog:
             "project": config.wandb.project,
             "entity": config.wandb.entity,
             "mode": mode,
-            "config": config_as_dict(config.without_paths()),
+            "config": {**config_as_dict(config.without_paths()), "provenance": provenance(device)},
         }
         # `env` sets variables for the child alone; the config goes through the pipe, where `ps` cannot show it.
         self._process = subprocess.Popen(

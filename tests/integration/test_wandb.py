@@ -18,12 +18,36 @@ import pytest
 from app.config import Config
 from app.config_file import config_as_dict
 from app.ops.event_files import EventReader, rewind
+from app.ops.provenance import provenance
 from app.ops.wandb_log import WandbLog
 from app.ops.writers import RunLog, TensorBoardLog
-from app.tags import axis, keep_before
+from app.tags import (
+    ALARM,
+    CHECKPOINT_TAGS,
+    DATA_WAIT,
+    GOODPUT,
+    GPU_FIGURES,
+    HOST_FIGURES,
+    INTERRUPTIONS,
+    MFU,
+    PHYSICS_WEIGHT,
+    SAMPLES_PER_S,
+    STEP_TIME,
+    TFLOP_PER_S,
+    VAL_GAIN,
+    VAL_PSNR,
+    VAL_XRAY_USE,
+    axis,
+    keep_before,
+    names,
+)
 from app.workspace import RunDir
-from tests.wandb_files import Points, points_of, records, rows, summary_of, tensorboard_points, wandb_file
+from tests.wandb_files import Points, config_of, points_of, records, rows, summary_of, tensorboard_points, wandb_file
 from tests.wandb_server import KEY, Server
+
+STAGES = ("stage_64", "stage_128", "stage_256")
+PERF = (STEP_TIME, SAMPLES_PER_S, DATA_WAIT, TFLOP_PER_S, MFU)
+CARDS = ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 x 2")
 
 
 def log_steps(log: RunLog, first: int, last: int) -> None:
@@ -42,9 +66,10 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "checkpoints")
 
 
-def start(run: RunDir, mode: Any = "offline", config: Config | None = None) -> RunLog:
+def start(run: RunDir, mode: Any = "offline", config: Config | None = None, device: str = "cpu") -> RunLog:
     """The log of one attempt."""
-    return RunLog(TensorBoardLog(run.tensorboard, flush_s=0.5), [WandbLog(run, config or Config(), mode)])
+    follower = WandbLog(run, config or Config(), mode, device)
+    return RunLog(TensorBoardLog(run.tensorboard, flush_s=0.5), [follower])
 
 
 def test_an_offline_run_holds_what_tensorboard_holds_after_a_resume(run: RunDir) -> None:
@@ -111,21 +136,56 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
 
 
 def test_the_config_is_shown_without_paths(run: RunDir) -> None:
-    """W&B has the resolved config; the path of the data is not part of it."""
+    """W&B has the resolved config and what the run is made with; the path of the data is not part of it."""
     config = Config.model_validate({"data": {"path": "/data/Doe^Jane"}, "seed": 17})
     log = start(run, config=config)
     log_steps(log, 1, 1)
     log.close()
-    updates = {
-        item.key: json.loads(item.value_json)
-        for record in records(wandb_file(run))
-        if record.HasField("run")
-        for item in record.run.config.update
-    }
-    del updates["_wandb"]
-    assert updates == config_as_dict(config.without_paths())
-    assert updates["seed"] == 17
-    assert updates["data"]["path"] is None
+    found = config_of(wandb_file(run))
+    assert found.pop("provenance") == provenance("cpu")
+    assert found == config_as_dict(config.without_paths())
+    assert found["seed"] == 17
+    assert found["data"]["path"] is None
+
+
+def log_everything(log: RunLog, first_epoch: int) -> None:
+    """Two epochs of one step of each stage, with a value for every tag that a run on a GPU has."""
+    machine = [f"gpu/0/{name}" for name in GPU_FIGURES] + [f"host/{name}" for name in HOST_FIGURES]
+    for number in (first_epoch, first_epoch + 1):
+        log.scalars(dict.fromkeys([*PERF, *machine, *CHECKPOINT_TAGS, GOODPUT, INTERRUPTIONS], 0.5), number)
+        for stage in STAGES:
+            sampled = [f"{stage}/{name}" for name in (PHYSICS_WEIGHT, VAL_PSNR, VAL_GAIN, VAL_XRAY_USE)]
+            log.scalars(dict.fromkeys([*names(stage), *sampled], 1.0 + number), number)
+            log.text(f"{stage}/{ALARM}", "an alarm", number)
+
+
+def test_three_attempts_are_one_record_with_everything_and_nothing_else(run: RunDir) -> None:
+    """One id, all tags at their steps, the last attempt's config and GPU; no record of console, code or machine."""
+    ids = set()
+    for attempt in range(3):
+        config = Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}})
+        log = start(run, config=config, device=CARDS[attempt])
+        log_everything(log, 1 + 2 * attempt)
+        log.close()
+        ids.add(wandb_file(run).stem.removeprefix("run-"))
+    path = wandb_file(run)
+    kinds = {record.WhichOneof("record_type") for record in records(path)}
+    assert kinds == {"header", "run", "telemetry", "metric", "history", "summary", "exit"}
+    points = points_of(path)
+    assert points == tensorboard_points(run.tensorboard)
+    assert {tag for stage in STAGES for tag in names(stage)} < set(points)
+    assert {len(found) for found in points.values()} == {6}
+    shown = config_of(path)
+    assert shown["logging"]["log_every_n_steps"] == 3
+    assert shown["provenance"]["device"] == CARDS[2]
+    summary = summary_of(path)
+    assert {summary[f"{stage}/best_val_loss"] for stage in STAGES} == {2.0}
+    assert {summary[f"{stage}/best_val_psnr_db"] for stage in STAGES} == {7.0}
+    (record,) = [record.run for record in records(path) if record.HasField("run")]
+    assert ids == {record.run_id}
+    assert record.project == "hybrid-vit-cascade"
+    assert (record.host, record.git.commit, record.git.remote_url, list(record.tags)) == ("", "", "", [])
+    assert list((path.parent / "files").iterdir()) == []
 
 
 def log_epochs(log: RunLog, first: int, val_losses: Sequence[float]) -> None:
@@ -192,6 +252,16 @@ def test_the_best_of_all_attempts_stands_at_the_server(run: RunDir, online: Serv
         log.close()
         assert {name: online.summary[name] for name in BEST} == BEST
     assert online.summary["stage_16/val_loss"] == 3.0
+
+
+def test_the_server_has_the_config_of_the_last_attempt(run: RunDir, online: Server) -> None:
+    """What may change on resume does: another card, another cadence."""
+    for attempt, card in enumerate(CARDS):
+        log = start(run, "online", Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}}), card)
+        log_steps(log, 1 + attempt, 1 + attempt)
+        log.close()
+        assert online.config["provenance"]["value"] == provenance(card)
+        assert online.config["logging"]["value"]["log_every_n_steps"] == 1 + attempt
 
 
 def test_nothing_about_the_machine_is_sent(run: RunDir, online: Server) -> None:
@@ -268,7 +338,7 @@ def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeyp
 
 def test_a_worker_that_holds_the_pipe_does_not_delay_the_end(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """Forked workers inherit the trainer's end of the pipe and may outlive the log."""
-    follower = WandbLog(run, Config(), "offline")
+    follower = WandbLog(run, Config(), "offline", "cpu")
     copy = os.dup(follower._pipe.fileno())
     log = RunLog(TensorBoardLog(run.tensorboard), [follower])
     log_steps(log, 1, 3)
@@ -280,7 +350,7 @@ def test_a_worker_that_holds_the_pipe_does_not_delay_the_end(run: RunDir, caplog
 
 def test_a_wandb_that_dies_is_reported_and_no_more(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """The process is killed in the middle; the run logs on and says at its end what happened."""
-    follower = WandbLog(run, Config(), "offline")
+    follower = WandbLog(run, Config(), "offline", "cpu")
     log = RunLog(TensorBoardLog(run.tensorboard), [follower])
     log_steps(log, 1, 5)
     os.kill(follower._process.pid, 9)
