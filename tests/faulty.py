@@ -19,6 +19,7 @@ import torch
 import app.__main__
 import app.cascade
 import app.data.prepare
+import app.ops.wandb_log
 import app.train.checkpoint
 import app.train.handover
 import app.train.pace
@@ -208,7 +209,7 @@ def out_of_memory(nth: Nth) -> None:
 
 def hurried_at_the_end(nth: Nth) -> None:
     """A finished run waits for Weights & Biases for seconds in place of a minute."""
-    app.cascade.FOLLOWERS_AT_END_S = 2.0
+    app.ops.wandb_log.AT_END_S = 2.0
 
 
 def main() -> int:

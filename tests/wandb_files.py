@@ -13,7 +13,10 @@ from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
+from app.config import Config
 from app.ops.event_files import EventReader
+from app.ops.wandb_log import WandbLog
+from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import axis, is_axis
 from app.workspace import RunDir
 
@@ -100,3 +103,9 @@ def summary_of(path: Path) -> dict[str, Any]:
         if record.HasField("summary")
         for item in record.summary.update
     }
+
+
+def start_log(run: RunDir, mode: Any = "offline", config: Config | None = None, device: str = "cpu") -> RunLog:
+    """The log of one attempt, followed by a real process."""
+    follower = WandbLog(run, config or Config(), mode, device)
+    return RunLog(TensorBoardLog(run.tensorboard, flush_s=0.5), [follower])

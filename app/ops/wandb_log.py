@@ -23,8 +23,16 @@ from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
 
-ID_FILE = "wandb_id"
 MODULE = "app.ops.wandb_follow"
+AT_END_S = 60.0
+AT_END_WITH_CHECKPOINTS_S = 600.0
+
+
+def at_end_s(config: Config) -> float:
+    """How long a finished run may wait until everything is sent, which nothing will send later."""
+    longest = AT_END_WITH_CHECKPOINTS_S if config.wandb.checkpoints else AT_END_S
+    # A trainer that waits gives no sign of life.
+    return min(longest, config.compute.hang_after_s / 2)
 
 
 class WandbLog:
@@ -47,6 +55,9 @@ class WandbLog:
             "entity": config.wandb.entity,
             "mode": mode,
             "config": {**config_as_dict(config.without_paths()), "provenance": provenance(device)},
+            "epochs": {stage.name: stage.epochs for stage in config.stages},
+            "images": config.wandb.images,
+            "checkpoints": config.wandb.checkpoints,
         }
         # `env` sets variables for the child alone; the config goes through the pipe, where `ps` cannot show it.
         self._process = subprocess.Popen(
@@ -64,7 +75,7 @@ class WandbLog:
     def close(self, limit_s: float) -> None:
         """Lets the process send what is left, for at most `limit_s` seconds; the next attempt sends the rest."""
         # A line, since the end of the pipe would not be seen while a forked worker holds a copy of it.
-        self._tell("end")
+        self._tell(f"{limit_s:.3f}")
         self._pipe.close()
         try:
             code = self._process.wait(limit_s)
@@ -84,7 +95,7 @@ class WandbLog:
 
 
 def _run_id(run_dir: RunDir) -> str:
-    path = run_dir.wandb / ID_FILE
+    path = run_dir.wandb_id
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, secrets.token_hex(4).encode())

@@ -5,12 +5,10 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,8 +40,18 @@ from app.tags import (
     names,
 )
 from app.workspace import RunDir
-from tests.wandb_files import Points, config_of, points_of, records, rows, summary_of, tensorboard_points, wandb_file
-from tests.wandb_server import KEY, Server
+from tests.wandb_files import (
+    Points,
+    config_of,
+    points_of,
+    records,
+    rows,
+    start_log,
+    summary_of,
+    tensorboard_points,
+    wandb_file,
+)
+from tests.wandb_server import KEY, Server, serving
 
 STAGES = ("stage_64", "stage_128", "stage_256")
 PERF = (STEP_TIME, SAMPLES_PER_S, DATA_WAIT, TFLOP_PER_S, MFU)
@@ -66,22 +74,17 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "checkpoints")
 
 
-def start(run: RunDir, mode: Any = "offline", config: Config | None = None, device: str = "cpu") -> RunLog:
-    """The log of one attempt."""
-    follower = WandbLog(run, config or Config(), mode, device)
-    return RunLog(TensorBoardLog(run.tensorboard, flush_s=0.5), [follower])
-
-
 def test_an_offline_run_holds_what_tensorboard_holds_after_a_resume(run: RunDir) -> None:
     """The second attempt's folder is complete, repeated steps stand in it once, and the first folder is gone."""
-    log = start(run)
+    config = Config.model_validate({"wandb": {"images": True}})
+    log = start_log(run, config=config)
     log_steps(log, 1, 37)
     log.close()
     first = wandb_file(run)
     run_id = (run.wandb / "wandb_id").read_text()
 
     rewind(run.tensorboard, keep_before(["stage_16"], "stage_16", step=25, epochs=2, global_step=25))
-    log = start(run)
+    log = start_log(run, config=config)
     log_steps(log, 26, 40)
     log.close()
 
@@ -100,7 +103,7 @@ def test_an_offline_run_holds_what_tensorboard_holds_after_a_resume(run: RunDir)
 
 def test_an_offline_run_keeps_the_times_of_its_points(run: RunDir) -> None:
     """A point that is sent again after a resume keeps the time at which it was logged."""
-    log = start(run)
+    log = start_log(run)
     log_steps(log, 1, 3)
     log.close()
     times = {event.wall_time for event in EventReader(run.tensorboard).poll() if event.summary.value}
@@ -120,7 +123,7 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
     for name, text in planted.items():
         monkeypatch.setenv(name, text)
     config = Config.model_validate({"data": {"path": "/data/Doe^Jane"}, "run_name": "demo"})
-    log = start(run, config=config)
+    log = start_log(run, config=config)
     log_steps(log, 1, 10)
     log.close()
     # Two letters of a short host name stand in any compressed picture: such a name is looked for in quotes.
@@ -138,7 +141,7 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
 def test_the_config_is_shown_without_paths(run: RunDir) -> None:
     """W&B has the resolved config and what the run is made with; the path of the data is not part of it."""
     config = Config.model_validate({"data": {"path": "/data/Doe^Jane"}, "seed": 17})
-    log = start(run, config=config)
+    log = start_log(run, config=config)
     log_steps(log, 1, 1)
     log.close()
     found = config_of(wandb_file(run))
@@ -157,14 +160,16 @@ def log_everything(log: RunLog, first_epoch: int) -> None:
             sampled = [f"{stage}/{name}" for name in (PHYSICS_WEIGHT, VAL_PSNR, VAL_GAIN, VAL_XRAY_USE)]
             log.scalars(dict.fromkeys([*names(stage), *sampled], 1.0 + number), number)
             log.text(f"{stage}/{ALARM}", "an alarm", number)
+            log.image(f"{stage}/held_out_1", np.zeros((8, 8, 3), np.uint8), number)
 
 
 def test_three_attempts_are_one_record_with_everything_and_nothing_else(run: RunDir) -> None:
-    """One id, all tags at their steps, the last attempt's config and GPU; no record of console, code or machine."""
+    """One id, all tags at their steps, the last attempt's config and GPU; no record of console, code or machine, and
+    none of the pictures, which nobody asked for."""
     ids = set()
     for attempt in range(3):
         config = Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}})
-        log = start(run, config=config, device=CARDS[attempt])
+        log = start_log(run, config=config, device=CARDS[attempt])
         log_everything(log, 1 + 2 * attempt)
         log.close()
         ids.add(wandb_file(run).stem.removeprefix("run-"))
@@ -200,7 +205,7 @@ BEST = {"stage_16/best_val_loss": 1.0, "stage_16/best_val_psnr_db": 25.0}
 def test_the_best_of_all_attempts_stands_in_an_offline_summary(run: RunDir) -> None:
     """Later attempts are worse and the untrained network's figures are better than all: neither counts."""
     for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
-        log = start(run)
+        log = start_log(run)
         log_epochs(log, first, val_losses)
         log.close()
     summary = summary_of(wandb_file(run))
@@ -211,24 +216,22 @@ def test_the_best_of_all_attempts_stands_in_an_offline_summary(run: RunDir) -> N
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A W&B server to which the environment points."""
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield server
-        server.shutdown()
 
 
 def test_an_online_run_goes_on_where_the_server_stands(run: RunDir, online: Server) -> None:
     """Steps that are repeated are not sent again: each point is there once, save those of the last position, which the
     server may have got in part."""
-    log = start(run, "online")
+    log = start_log(run, "online")
     log_steps(log, 1, 37)
     log.close()
     assert online.summary["stage_16/step"] == 37
 
     rewind(run.tensorboard, keep_before(["stage_16"], "stage_16", step=25, epochs=2, global_step=25))
-    log = start(run, "online")
+    log = start_log(run, "online")
     log_steps(log, 26, 45)
     log.close()
 
@@ -247,7 +250,7 @@ def test_an_online_run_goes_on_where_the_server_stands(run: RunDir, online: Serv
 def test_the_best_of_all_attempts_stands_at_the_server(run: RunDir, online: Server) -> None:
     """Though the later attempts send worse points only."""
     for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
-        log = start(run, "online")
+        log = start_log(run, "online")
         log_epochs(log, first, val_losses)
         log.close()
         assert {name: online.summary[name] for name in BEST} == BEST
@@ -257,7 +260,7 @@ def test_the_best_of_all_attempts_stands_at_the_server(run: RunDir, online: Serv
 def test_the_server_has_the_config_of_the_last_attempt(run: RunDir, online: Server) -> None:
     """What may change on resume does: another card, another cadence."""
     for attempt, card in enumerate(CARDS):
-        log = start(run, "online", Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}}), card)
+        log = start_log(run, "online", Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}}), card)
         log_steps(log, 1 + attempt, 1 + attempt)
         log.close()
         assert online.config["provenance"]["value"] == provenance(card)
@@ -266,7 +269,7 @@ def test_the_server_has_the_config_of_the_last_attempt(run: RunDir, online: Serv
 
 def test_nothing_about_the_machine_is_sent(run: RunDir, online: Server) -> None:
     """No request to the server names the host, a path, the command or the key."""
-    log = start(run, "online", Config.model_validate({"data": {"path": "/data/Doe^Jane"}}))
+    log = start_log(run, "online", Config.model_validate({"data": {"path": "/data/Doe^Jane"}}))
     log_steps(log, 1, 10)
     log.close()
     sent = b"\n".join(online.requests)
@@ -287,7 +290,7 @@ def test_a_dead_network_costs_neither_steps_nor_the_end(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         began = time.monotonic()
-        log = start(run, "online")
+        log = start_log(run, "online")
         log_steps(log, 1, 40)
         assert time.monotonic() - began < 1
         time.sleep(1.5)
@@ -315,7 +318,8 @@ def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeyp
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_SILENT", "true")
     job = {"root": str(run.path), "tensorboard": str(run.tensorboard), "run_id": "0a1b2c3d", "run_name": None}
-    job |= {"project": "p", "entity": None, "mode": "online", "config": {}}
+    job |= {"project": "p", "entity": None, "mode": "online", "config": {}, "epochs": {}}
+    job |= {"images": False, "checkpoints": False}
     command = [sys.executable, "-c", IMPATIENT]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -323,14 +327,12 @@ def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeyp
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         assert "Weights & Biases cannot be reached, trying again every" in process.stderr.readline()
-        with Server(port) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+        with serving(port) as server:
             deadline = time.monotonic() + 20
             while not any(b"UpsertBucket" in request for request in server.requests) and time.monotonic() < deadline:
                 time.sleep(0.1)
             process.stdin.close()
             assert process.wait(20) == 0
-            server.shutdown()
         assert process.stderr.read() == ""
     steps = [row["stage_16/step"] for row in server.history if "stage_16/train_loss_step" in row]
     assert steps == list(range(1, 11))
