@@ -104,8 +104,9 @@ class Server(ThreadingHTTPServer):
     def receive(self, files: dict[str, Any]) -> None:
         """A piece of the file stream."""
         if history := files.get("wandb-history.jsonl"):
-            assert history["offset"] == len(self.history)
-            self.history += [json.loads(line) for line in history["content"]]
+            begin, lines = history["offset"], [json.loads(line) for line in history["content"]]
+            assert begin <= len(self.history)
+            self.history[begin : begin + len(lines)] = lines
         if summary := files.get("wandb-summary.json"):
             self.summary = json.loads(summary["content"][-1])
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from app.errors import MachineError
 from app.ops.ledger_history import History, read_history
 from app.ops.ledger_table import as_json, duration, goodput_text, text_table, totals
+from app.ops.wandb_offline import sync_command
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
         lines.append(("ALARM", fields["alarm"]))
     if run_dir.reason.exists():
         lines.append(("REASON", run_dir.reason.read_text().strip()))
+    if (command := sync_command(run_dir)) is not None:
+        lines.append(("to W&B", command))
     history, goodput = _attempts(run_dir, fields)
     if history.attempts:
         lines += [("attempts", totals(history)), ("goodput", goodput_text(history, goodput))]
@@ -145,7 +148,8 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
 
 def status_json(run_dir: RunDir, fields: dict[str, Any]) -> str:
     """The status for programs, the ledger and the goodput with it."""
-    return json.dumps({**fields, "ledger": as_json(*_attempts(run_dir, fields))}, indent=1)
+    more = {"ledger": as_json(*_attempts(run_dir, fields)), "wandb_sync": sync_command(run_dir)}
+    return json.dumps({**fields, **more}, indent=1)
 
 
 def _attempts(run_dir: RunDir, fields: dict[str, Any]) -> tuple[History, float | None]:

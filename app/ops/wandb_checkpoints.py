@@ -142,7 +142,7 @@ class CheckpointSender:
         metadata = {"stage": linked.stage, "epochs": linked.epochs, "step": linked.step, "sha256": linked.sha256}
         artifact = wandb.Artifact(f"{self._run.id}-{linked.stage}", type="model", metadata=metadata)
         name = self._run_dir.checkpoint(linked.stage, linked.kinds[-1]).name
-        # The link is what makes it immutable; the caches would be copies. The path is sent along, so it is a relative one.
+        # The link is what makes it immutable; caches would be copies. The path is sent along: so it is a relative one.
         relative = link.relative_to(self._run_dir.path)
         artifact.add_file(str(relative), name=name, policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=[*linked.kinds])

@@ -2,7 +2,8 @@
 
 Which points are sent:
 - offline: all, from the first one on, in each attempt. Offline folders of one run overwrite each other when they are
-  synced, so the newest one is complete, and older ones are deleted as soon as it is.
+  synced (with `resume` they would add to each other), so the newest one is complete, and older ones are deleted as
+  soon as it is.
 - online: those that the server lacks. It says itself how far it got: the last value of each axis stands in the run's
   summary. Points at that very position are sent again, because it may have got only some of them; a repeated point has
   the same position and the same value.
@@ -202,7 +203,7 @@ def _start(job: Job, trainer: Trainer) -> wandb.Run | None:
                 entity=job.entity,
                 config=job.config,
                 mode=job.mode,
-                resume="allow",
+                resume="allow" if job.mode == "online" else None,
                 settings=_settings(job),
             )
         except wandb.errors.CommError as error:

@@ -19,6 +19,7 @@ import app
 from app.config import Config
 from app.config_file import config_as_dict
 from app.ops.provenance import provenance
+from app.ops.wandb_offline import sync_command
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class WandbLog:
             "images": config.wandb.images,
             "checkpoints": config.wandb.checkpoints,
         }
+        self._offline = run_dir if mode == "offline" else None
         # `env` sets variables for the child alone; the config goes through the pipe, where `ps` cannot show it.
         self._process = subprocess.Popen(
             ["env", "WANDB_ERROR_REPORTING=false", "WANDB_SILENT=true", sys.executable, "-m", MODULE],
@@ -86,6 +88,8 @@ class WandbLog:
             return
         if code:
             log.warning("Weights & Biases ended early (exit %d); TensorBoard has all points", code)
+        elif self._offline is not None:
+            log.info("this run is sent to Weights & Biases by: %s", sync_command(self._offline))
 
     def _tell(self, line: str) -> None:
         try:
