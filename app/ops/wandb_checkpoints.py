@@ -18,6 +18,7 @@ import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import wandb
 
@@ -34,7 +35,7 @@ TEMPORARY = ".new"
 
 @dataclass(frozen=True)
 class Linked:
-    """A checkpoint that a link keeps, and what the manifest says of it."""
+    """What the manifest says of a checkpoint, which a link keeps until it is sent."""
 
     stage: str
     kinds: tuple[str, ...]
@@ -57,6 +58,7 @@ class CheckpointSender:
         self._run, self._run_dir, self._epochs, self._offline = run, run_dir, epochs, offline
         self._sent: set[str] = set() if offline else _sent_before(run_dir)
         self._looked_at: dict[Path, tuple[tuple[int, ...], Linked | None]] = {}
+        self._newest: dict[str, dict[str, Any]] = {}
         if not offline:
             # What an attempt that was killed left; offline, its record still needs it.
             remove_links(run_dir, ())
@@ -94,22 +96,30 @@ class CheckpointSender:
                 wait_s = RETRY_S
 
     def _next(self) -> Linked | None:
+        self._newest = {line["file"]: line for line in read_lines(self._run_dir.manifest)}
         due = (linked for stage, epochs in self._epochs.items() for linked in self._due(stage, epochs))
         return next((linked for linked in due if linked.sha256 not in self._sent), None)
 
     def _due(self, stage: str, epochs: int) -> list[Linked]:
         """What there is to send of a stage; where the last epoch is the best one, one file with both names."""
-        best, final = (self._look(stage, kind) for kind in ("best", "final"))
-        if final is None or final.epochs < epochs:
+        final = self._look(stage, "final")
+        finished = final is not None and final.epochs >= epochs
+        if self._offline and not finished:
+            return []
+        best = self._look(stage, "best")
+        if final is None or not finished:
             # The best of the last epoch waits for the final one, which is the same file.
-            return [best] if best is not None and best.epochs < epochs and not self._offline else []
+            return [best] if best is not None and best.epochs < epochs else []
         if best is None or best.sha256 == final.sha256:
             return [replace(final, kinds=("final",) if best is None else ("best", "final"))]
         return [best, final]
 
     def _look(self, stage: str, kind: str) -> Linked | None:
-        """The checkpoint, linked; None where there is none or its content is not what was written."""
+        """A checkpoint, linked if it is to be sent; None where there is none or its content is not what was written."""
         path = self._run_dir.checkpoint(stage, kind)
+        newest = self._newest.get(path.name)
+        if newest is not None and newest["sha256"] in self._sent:
+            return _linked(newest, kind)
         new = self._run_dir.wandb_links / TEMPORARY
         try:
             before = self._looked_at.get(path)
@@ -123,16 +133,15 @@ class CheckpointSender:
         identity = _identity(new)
         with new.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        # The newest line may be ahead of the file, and the file ahead of what was read before.
         line = {line["sha256"]: line for line in read_lines(self._run_dir.manifest)}.get(sha256)
-        found = None
         if line is None:
             log.warning("%s is not sent to Weights & Biases: its sha256 does not stand in the manifest", path.name)
-        else:
-            found = Linked(stage, (kind,), line["epochs"], line["step"], sha256)
-        if found is None or sha256 in self._sent:
+        if line is None or sha256 in self._sent:
             new.unlink()
         else:
             new.replace(self._link(sha256))
+        found = None if line is None else _linked(line, kind)
         self._looked_at[path] = (identity, found)
         return found
 
@@ -163,6 +172,10 @@ def remove_links(run_dir: RunDir, needed: Collection[str]) -> None:
     for link in links.iterdir() if links.is_dir() else ():
         if link.stem not in needed:
             link.unlink()
+
+
+def _linked(line: dict[str, Any], kind: str) -> Linked:
+    return Linked(line["stage"], (kind,), line["epochs"], line["step"], line["sha256"])
 
 
 def _sent_before(run_dir: RunDir) -> set[str]:

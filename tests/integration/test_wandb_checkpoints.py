@@ -6,11 +6,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from app.config import Config
+from app.ops import wandb_checkpoints
 from app.train.checkpoint import CheckpointFolder, Counters, file_sha256
 from app.workspace import RunDir
 from tests.wandb_files import records, start_log, wandb_file
@@ -160,6 +162,19 @@ def test_an_offline_run_names_the_checkpoints_of_finished_stages(run: RunDir) ->
         for _, name, link in found:
             assert link.samefile(run.path / name)
         assert links(run) == sorted(link for *_, link in found)
+
+
+def test_the_bests_of_an_unfinished_stage_keep_no_room_offline(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is linked that the trainer is about to replace, and so nothing is kept that it deletes."""
+    monkeypatch.setattr(wandb_checkpoints, "LOOK_EVERY_S", 0.01)
+    nothing_to_log: Any = None
+    sender = wandb_checkpoints.CheckpointSender(nothing_to_log, run, {"stage_16": EPOCHS}, offline=True)
+    for epochs in (1, 2, EPOCHS):
+        publish(run, epochs, "best")
+        time.sleep(0.1)
+    sender.finish(10)
+    assert sender.needed() == set()
+    assert links(run) == []
 
 
 def test_a_damaged_checkpoint_is_not_sent(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:

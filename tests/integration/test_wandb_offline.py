@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from app.ops.wandb_offline import sync_command
-from app.tags import VAL_PSNR, axis, is_axis
+from app.tags import axis, is_axis
 from app.train.checkpoint import file_sha256
 from app.workspace import RunDir
 from tests.conftest import TINY
