@@ -33,7 +33,7 @@ def at_end_s(config: Config) -> float:
     """How long a finished run may wait until everything is sent, which nothing will send later."""
     longest = AT_END_WITH_CHECKPOINTS_S if config.wandb.checkpoints else AT_END_S
     # A trainer that waits gives no sign of life.
-    return min(longest, config.compute.hang_after_s / 2)
+    return min(longest, config.compute.hang_after_s * 2 / 3)
 
 
 class WandbLog:

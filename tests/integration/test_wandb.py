@@ -17,7 +17,7 @@ from app.config import Config
 from app.config_file import config_as_dict
 from app.ops.event_files import EventReader, rewind
 from app.ops.provenance import provenance
-from app.ops.wandb_log import WandbLog
+from app.ops.wandb_log import WandbLog, at_end_s
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import (
     ALARM,
@@ -362,3 +362,11 @@ def test_a_wandb_that_dies_is_reported_and_no_more(run: RunDir, caplog: pytest.L
         "Weights & Biases ended early (exit -9); TensorBoard has all points"
     ]
     assert len(tensorboard_points(run.tensorboard)["perf/samples_per_s"]) == 10
+
+
+def test_a_finished_run_waits_longer_for_checkpoints_but_not_until_it_counts_as_hung() -> None:
+    """A minute for curves, ten for files, and less where the watchdog would end the trainer before."""
+    assert at_end_s(Config()) == 60
+    for hang_after_s, expected in ((900, 600), (300, 200)):
+        sections = {"wandb": {"checkpoints": True}, "compute": {"hang_after_s": hang_after_s}}
+        assert at_end_s(Config.model_validate(sections)) == expected
