@@ -58,9 +58,11 @@ RUN apt-get update \
 COPY --from=dependencies /opt/venv /opt/venv
 
 # The code lies in /opt, because the volume hides /workspace. It is compiled here and nothing is written beside it later,
-# so it works on a read-only root too.
+# so it works on a read-only root too. REVISION is the commit, for the record of a run at W&B: the image has no .git.
 COPY . /opt/hybrid_vit_cascade
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/hybrid_vit_cascade/app \
+ARG REVISION=
+RUN echo "${REVISION}" >/opt/hybrid_vit_cascade/REVISION \
+    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/hybrid_vit_cascade/app \
     && install -m 644 /opt/hybrid_vit_cascade/docker/profile.sh /etc/profile.d/hybrid_vit_cascade.sh
 
 # NVIDIA_DRIVER_CAPABILITIES: utility is NVML, for the gpu/ curves.

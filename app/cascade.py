@@ -25,7 +25,7 @@ from app.ops.progress import ProgressPicture
 from app.ops.run_lock import RunLock
 from app.ops.status import RunStatus
 from app.ops.telemetry import Telemetry
-from app.ops.wandb_log import WandbLog
+from app.ops.wandb_log import WandbLog, at_end_s
 from app.ops.writers import RunLog, TensorBoardLog
 from app.tags import CONFIG, keep_before
 from app.train.checkpoint import CheckpointFolder
@@ -48,10 +48,8 @@ log = logging.getLogger(__name__)
 
 SILENCE: tuple[SilentStatus, Callable[[], None], None] = (SilentStatus(), lambda: None, None)
 """In place of `_take`, in all processes of a run but the first."""
-FOLLOWERS_AT_END_S = 60.0
-"""For Weights & Biases to send the rest of a finished run."""
 FOLLOWERS_ON_STOP_S = 1.0
-"""The same where a killed pod leaves seconds; the next attempt sends the rest."""
+"""For Weights & Biases where a killed pod leaves seconds; the next attempt sends the rest."""
 
 
 def train(
@@ -206,7 +204,7 @@ class _Run:
             self.telemetry.close()
             self.record.close()
             on_stop = min(FOLLOWERS_ON_STOP_S, self.grace.seconds_left() / 2)
-            run_log.close(on_stop if self.stop() else FOLLOWERS_AT_END_S)
+            run_log.close(on_stop if self.stop() else at_end_s(self.config))
 
     def _rehearse(self, stages: Sequence[StageConfig], precision: Precision) -> None:
         self.micro_batches = MicroBatches(
@@ -369,7 +367,7 @@ class _Run:
         followers = []
         if self.env.wandb_on:
             mode: Literal["online", "offline"] = "offline" if self.env.wandb_mode == "offline" else "online"
-            followers.append(WandbLog(self.run_dir, self.config, mode))
+            followers.append(WandbLog(self.run_dir, self.config, mode, device_name(self.device, self.ranks.size)))
         run_log = RunLog(curves, followers)
         run_log.layout(layout(_names(self.config)))
         run_log.text(

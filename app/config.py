@@ -1,7 +1,6 @@
-"""The one configuration schema: typed, frozen, defaults here and nowhere else.
+"""The one configuration schema: typed, frozen, defaults here and nowhere else. `app.config_file` reads YAML into it.
 
-A field is scientific unless it is marked operational: a scientific field may not change when a run is resumed, an
-operational one may. YAML files say only what a run changes; `app.config_file` reads them.
+A field is scientific, and may not change when a run is resumed, unless it is marked operational.
 """
 
 from __future__ import annotations
@@ -325,6 +324,10 @@ class WandbConfig(Section):
     """Project at Weights & Biases."""
     entity: str | None = operational(None)
     """User or team; null is the default of the API key."""
+    images: bool = operational(False)
+    """Send the pictures of held-out patients too, which TensorBoard has anyway."""
+    checkpoints: bool = operational(False)
+    """Send each new `_best.pt` and `_final.pt` as an artifact; offline, those of finished stages."""
 
 
 class Config(Section):
@@ -373,5 +376,4 @@ class Config(Section):
 
     def first_global_step(self, stage: StageConfig) -> int:
         """Optimizer steps of all stages before `stage`."""
-        earlier = self.stages[: self.stages.index(stage)]
-        return sum(other.epochs * other.steps_per_epoch for other in earlier)
+        return sum(other.epochs * other.steps_per_epoch for other in self.stages[: self.stages.index(stage)])

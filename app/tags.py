@@ -37,6 +37,8 @@ VAL_GAIN = "val_gain_over_c_db"
 VAL_XRAY_USE = "val_xray_use_db"
 VAL_PROJECTION_ERROR = "val_projection_error"
 """In %. All four are of sampled volumes, and stand at completed epochs."""
+BEST = {"val_loss": min, VAL_PSNR: max}
+"""What counts as a run's best at Weights & Biases: the lowest or the highest value after an epoch of training."""
 ALARM = "alarm"
 """A text at each epoch after which the network was found to do nothing for its volume or with its X-rays."""
 CONFIG = "config"
@@ -126,6 +128,12 @@ def step_axis(stage: str) -> str:
 def epoch_axis(stage: str) -> str:
     """The axis of the stage's completed epochs."""
     return f"{stage}/epoch"
+
+
+def best_name(tag: str) -> str:
+    """The name of the best value of `tag`, such as `stage_64/best_val_loss`."""
+    stage, _, name = tag.partition("/")
+    return f"{stage}/best_{name}"
 
 
 def axis(tag: str) -> str:

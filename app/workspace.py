@@ -54,8 +54,23 @@ class RunDir:
 
     @property
     def wandb(self) -> Path:
-        """Files of Weights & Biases, its run id among them."""
+        """Files of Weights & Biases."""
         return self.path / "wandb"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The run's id at Weights & Biases, the same for all attempts."""
+        return self.wandb / "wandb_id"
+
+    @property
+    def wandb_links(self) -> Path:
+        """Links to checkpoints that are being sent to Weights & Biases, or that an offline run names."""
+        return self.wandb / "links"
+
+    @property
+    def wandb_sent(self) -> Path:
+        """The sha256 of each checkpoint that Weights & Biases has, a line each."""
+        return self.wandb / "sent"
 
     @property
     def split(self) -> Path:

@@ -19,6 +19,7 @@ import torch
 import app.__main__
 import app.cascade
 import app.data.prepare
+import app.ops.wandb_log
 import app.train.checkpoint
 import app.train.handover
 import app.train.pace
@@ -216,6 +217,11 @@ def crash_in_the_second_process(nth: Nth) -> None:
 
     nth.fault = fault
     before(app.train.step, "_losses", lambda *_: nth())
+
+
+def hurried_at_the_end(nth: Nth) -> None:
+    """A finished run waits for Weights & Biases for seconds in place of a minute."""
+    app.ops.wandb_log.AT_END_S = 2.0
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from app.errors import MachineError
 from app.ops.costs import cost_lines, spent_by
 from app.ops.ledger_history import History, read_history
 from app.ops.ledger_table import as_json, duration, goodput_text, text_table, totals
+from app.ops.wandb_offline import sync_command
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
         lines.append(("ALARM", fields["alarm"]))
     if run_dir.reason.exists():
         lines.append(("REASON", run_dir.reason.read_text().strip()))
+    if (command := sync_command(run_dir)) is not None:
+        lines.append(("to W&B", command))
     history, goodput = _attempts(run_dir, fields)
     if history.attempts:
         lines += [("attempts", totals(history)), ("goodput", goodput_text(history, goodput))]
@@ -153,10 +156,10 @@ def status_text(run_dir: RunDir, fields: dict[str, Any]) -> str:
 
 
 def status_json(run_dir: RunDir, fields: dict[str, Any]) -> str:
-    """The status for programs, the ledger, the goodput and the cost with it."""
+    """The status for programs; with it the ledger, goodput, cost, and how an offline run is sent to W&B."""
     history, goodput = _attempts(run_dir, fields)
-    costs = asdict(spent_by(history, run_dir))
-    return json.dumps({**fields, "ledger": {**as_json(history, goodput), "spent": costs}}, indent=1)
+    ledger = {**as_json(history, goodput), "spent": asdict(spent_by(history, run_dir))}
+    return json.dumps({**fields, "ledger": ledger, "wandb_sync": sync_command(run_dir)}, indent=1)
 
 
 def _attempts(run_dir: RunDir, fields: dict[str, Any]) -> tuple[History, float | None]:

@@ -18,12 +18,22 @@ from typing import Literal
 import app
 from app.config import Config
 from app.config_file import config_as_dict
+from app.ops.provenance import provenance
+from app.ops.wandb_offline import sync_command
 from app.workspace import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
 
-ID_FILE = "wandb_id"
 MODULE = "app.ops.wandb_follow"
+AT_END_S = 60.0
+AT_END_WITH_CHECKPOINTS_S = 600.0
+
+
+def at_end_s(config: Config) -> float:
+    """How long a finished run may wait until everything is sent, which nothing will send later."""
+    longest = AT_END_WITH_CHECKPOINTS_S if config.wandb.checkpoints else AT_END_S
+    # A trainer that waits gives no sign of life.
+    return min(longest, config.compute.hang_after_s * 2 / 3)
 
 
 class WandbLog:
@@ -33,9 +43,10 @@ class WandbLog:
         run_dir: the run; its id at Weights & Biases is kept in there, so that every attempt continues the same run.
         config: shown with the run, without paths.
         mode: `offline` writes a folder for `wandb sync` instead of sending.
+        device: what this attempt trains on.
     """
 
-    def __init__(self, run_dir: RunDir, config: Config, mode: Literal["online", "offline"]) -> None:
+    def __init__(self, run_dir: RunDir, config: Config, mode: Literal["online", "offline"], device: str) -> None:
         job = {
             "root": str(run_dir.path.resolve()),
             "tensorboard": str(run_dir.tensorboard.resolve()),
@@ -44,8 +55,12 @@ class WandbLog:
             "project": config.wandb.project,
             "entity": config.wandb.entity,
             "mode": mode,
-            "config": config_as_dict(config.without_paths()),
+            "config": {**config_as_dict(config.without_paths()), "provenance": provenance(device)},
+            "epochs": {stage.name: stage.epochs for stage in config.stages},
+            "images": config.wandb.images,
+            "checkpoints": config.wandb.checkpoints,
         }
+        self._offline = run_dir if mode == "offline" else None
         # `env` sets variables for the child alone; the config goes through the pipe, where `ps` cannot show it.
         self._process = subprocess.Popen(
             ["env", "WANDB_ERROR_REPORTING=false", "WANDB_SILENT=true", sys.executable, "-m", MODULE],
@@ -62,7 +77,7 @@ class WandbLog:
     def close(self, limit_s: float) -> None:
         """Lets the process send what is left, for at most `limit_s` seconds; the next attempt sends the rest."""
         # A line, since the end of the pipe would not be seen while a forked worker holds a copy of it.
-        self._tell("end")
+        self._tell(f"{limit_s:.3f}")
         self._pipe.close()
         try:
             code = self._process.wait(limit_s)
@@ -73,6 +88,8 @@ class WandbLog:
             return
         if code:
             log.warning("Weights & Biases ended early (exit %d); TensorBoard has all points", code)
+        elif self._offline is not None:
+            log.info("this run is sent to Weights & Biases by: %s", sync_command(self._offline))
 
     def _tell(self, line: str) -> None:
         try:
@@ -82,7 +99,7 @@ class WandbLog:
 
 
 def _run_id(run_dir: RunDir) -> str:
-    path = run_dir.wandb / ID_FILE
+    path = run_dir.wandb_id
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, secrets.token_hex(4).encode())

@@ -1,6 +1,6 @@
 """The log of a run: what the trainer calls, and its TensorBoard half.
 
-Weights & Biases is no second writer: it follows the event files from a thread of its own (`app.ops.wandb_log`), so that
+Weights & Biases is no second writer: it follows the event files in a process of its own (`app.ops.wandb_log`), so that
 both show the same numbers and a slow network costs a step nothing.
 """
 

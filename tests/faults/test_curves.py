@@ -8,8 +8,8 @@ import pytest
 
 from app.workspace import RunDir
 from tests.integration.test_tensorboard import server, wait_for
-from tests.integration.test_wandb import points_of, wandb_file
 from tests.runs import RUN, WALL_CLOCK_TAGS, has_step, series, start, train, wait_until
+from tests.wandb_files import points_of, wandb_file
 
 OFFLINE = {"WANDB_MODE": "offline"}
 

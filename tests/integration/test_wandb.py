@@ -1,97 +1,61 @@
 """Weights & Biases gets what TensorBoard gets, learns nothing about the machine, and cannot hold the run up."""
 
-import contextlib
-import gzip
 import json
 import os
-import re
 import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
 
 from app.config import Config
 from app.config_file import config_as_dict
 from app.ops.event_files import EventReader, rewind
-from app.ops.wandb_log import WandbLog
+from app.ops.provenance import provenance
+from app.ops.wandb_log import WandbLog, at_end_s
 from app.ops.writers import RunLog, TensorBoardLog
-from app.tags import axis, is_axis, keep_before
+from app.tags import (
+    ALARM,
+    CHECKPOINT_TAGS,
+    DATA_WAIT,
+    GOODPUT,
+    GPU_FIGURES,
+    HOST_FIGURES,
+    INTERRUPTIONS,
+    MFU,
+    PHYSICS_WEIGHT,
+    SAMPLES_PER_S,
+    STEP_TIME,
+    TFLOP_PER_S,
+    VAL_GAIN,
+    VAL_PSNR,
+    VAL_XRAY_USE,
+    axis,
+    keep_before,
+    names,
+)
 from app.workspace import RunDir
+from tests.wandb_files import (
+    Points,
+    config_of,
+    points_of,
+    records,
+    rows,
+    start_log,
+    summary_of,
+    tensorboard_points,
+    wandb_file,
+)
+from tests.wandb_server import KEY, Server, serving
 
-BLOCK_BYTES = 32768
-KEY = "0123456789abcdef0123456789abcdef01234567"
-Points = dict[str, list[tuple[int, float]]]
-
-
-def records(path: Path) -> Iterator[Record]:
-    """The records of a `.wandb` file: a LevelDB log, chunks with checksums in blocks of 32 KiB."""
-    data, position, parts = path.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
-    while position + 7 <= len(data):
-        left = BLOCK_BYTES - position % BLOCK_BYTES
-        if left < 7:
-            position += left
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, position)
-        chunk = data[position + 7 : position + 7 + length]
-        assert checksum == zlib.crc32(bytes([kind]) + chunk)
-        position += 7 + length
-        parts += chunk
-        if kind in (1, 4):  # whole, or the last of several
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The history rows of a `.wandb` file."""
-    return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records(path)
-        if record.HasField("history")
-    ]
-
-
-def points_of(path: Path) -> Points:
-    """Scalars by tag, each at the position that its row gives for the tag's axis."""
-    found: Points = defaultdict(list)
-    for row in rows(path):
-        for tag, content in row.items():
-            if (
-                not is_axis(tag)
-                and axis(tag) in row
-                and not re.search(r"\.(size|width|height)$", tag)
-                and isinstance(content, int | float)
-            ):
-                found[tag].append((row[axis(tag)], float(content)))
-    return dict(found)
-
-
-def tensorboard_points(folder: Path) -> Points:
-    """Scalars of the event files by tag."""
-    found: Points = defaultdict(list)
-    for event in EventReader(folder).poll():
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                found[value.tag].append((event.step, value.simple_value))
-    return dict(found)
-
-
-def wandb_file(run: RunDir) -> Path:
-    """The one offline file of the run."""
-    (path,) = run.wandb.glob("offline-run-*/*.wandb")
-    return path
+STAGES = ("stage_64", "stage_128", "stage_256")
+PERF = (STEP_TIME, SAMPLES_PER_S, DATA_WAIT, TFLOP_PER_S, MFU)
+CARDS = ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 x 2")
 
 
 def log_steps(log: RunLog, first: int, last: int) -> None:
@@ -110,21 +74,17 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "checkpoints")
 
 
-def start(run: RunDir, mode: Any = "offline", config: Config | None = None) -> RunLog:
-    """The log of one attempt."""
-    return RunLog(TensorBoardLog(run.tensorboard, flush_s=0.5), [WandbLog(run, config or Config(), mode)])
-
-
 def test_an_offline_run_holds_what_tensorboard_holds_after_a_resume(run: RunDir) -> None:
     """The second attempt's folder is complete, repeated steps stand in it once, and the first folder is gone."""
-    log = start(run)
+    config = Config.model_validate({"wandb": {"images": True}})
+    log = start_log(run, config=config)
     log_steps(log, 1, 37)
     log.close()
     first = wandb_file(run)
     run_id = (run.wandb / "wandb_id").read_text()
 
     rewind(run.tensorboard, keep_before(["stage_16"], "stage_16", step=25, epochs=2, global_step=25))
-    log = start(run)
+    log = start_log(run, config=config)
     log_steps(log, 26, 40)
     log.close()
 
@@ -143,7 +103,7 @@ def test_an_offline_run_holds_what_tensorboard_holds_after_a_resume(run: RunDir)
 
 def test_an_offline_run_keeps_the_times_of_its_points(run: RunDir) -> None:
     """A point that is sent again after a resume keeps the time at which it was logged."""
-    log = start(run)
+    log = start_log(run)
     log_steps(log, 1, 3)
     log.close()
     times = {event.wall_time for event in EventReader(run.tensorboard).poll() if event.summary.value}
@@ -163,7 +123,7 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
     for name, text in planted.items():
         monkeypatch.setenv(name, text)
     config = Config.model_validate({"data": {"path": "/data/Doe^Jane"}, "run_name": "demo"})
-    log = start(run, config=config)
+    log = start_log(run, config=config)
     log_steps(log, 1, 10)
     log.close()
     # Two letters of a short host name stand in any compressed picture: such a name is looked for in quotes.
@@ -179,113 +139,99 @@ def test_nothing_about_the_machine_or_a_secret_is_in_the_offline_run(
 
 
 def test_the_config_is_shown_without_paths(run: RunDir) -> None:
-    """W&B has the resolved config; the path of the data is not part of it."""
+    """W&B has the resolved config and what the run is made with; the path of the data is not part of it."""
     config = Config.model_validate({"data": {"path": "/data/Doe^Jane"}, "seed": 17})
-    log = start(run, config=config)
+    log = start_log(run, config=config)
     log_steps(log, 1, 1)
     log.close()
-    updates = {
-        item.key: json.loads(item.value_json)
-        for record in records(wandb_file(run))
-        if record.HasField("run")
-        for item in record.run.config.update
-    }
-    del updates["_wandb"]
-    assert updates == config_as_dict(config.without_paths())
-    assert updates["seed"] == 17
-    assert updates["data"]["path"] is None
+    found = config_of(wandb_file(run))
+    assert found.pop("provenance") == provenance("cpu")
+    assert found == config_as_dict(config.without_paths())
+    assert found["seed"] == 17
+    assert found["data"]["path"] is None
 
 
-class Server(ThreadingHTTPServer):
-    """As much of the W&B server as one run needs: it keeps history and summary, and says what it has."""
-
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), ServerHandler)
-        self.address = f"http://127.0.0.1:{self.server_port}"
-        self.history: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.requests: list[bytes] = []
-
-    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a GraphQL request."""
-        project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "lab"}}
-        bucket = {"id": "b", "name": variables.get("name"), "displayName": "run", "historyLineCount": len(self.history)}
-        if operation == "RunResumeStatus":
-            tail = json.dumps([json.dumps(row) for row in self.history[-1:]])
-            state = {"summaryMetrics": json.dumps(self.summary), "historyTail": tail, "eventsTail": "[]"}
-            counts = {"logLineCount": 0, "eventsLineCount": 0, "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
-            return {"model": {**project, "bucket": {**bucket, **state, **counts} if self.history else None}}
-        if operation == "UpsertBucket":
-            return {"upsertBucket": {"bucket": {**bucket, "config": "{}", "project": project}, "inserted": True}}
-        if operation == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{self.address}/upload"} for name in variables["files"]]
-            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        return {}
-
-    def receive(self, files: dict[str, Any]) -> None:
-        """A piece of the file stream."""
-        if history := files.get("wandb-history.jsonl"):
-            assert history["offset"] == len(self.history)
-            self.history += [json.loads(line) for line in history["content"]]
-        if summary := files.get("wandb-summary.json"):
-            self.summary = json.loads(summary["content"][-1])
+def log_everything(log: RunLog, first_epoch: int) -> None:
+    """Two epochs of one step of each stage, with a value for every tag that a run on a GPU has."""
+    machine = [f"gpu/0/{name}" for name in GPU_FIGURES] + [f"host/{name}" for name in HOST_FIGURES]
+    for number in (first_epoch, first_epoch + 1):
+        log.scalars(dict.fromkeys([*PERF, *machine, *CHECKPOINT_TAGS, GOODPUT, INTERRUPTIONS], 0.5), number)
+        for stage in STAGES:
+            sampled = [f"{stage}/{name}" for name in (PHYSICS_WEIGHT, VAL_PSNR, VAL_GAIN, VAL_XRAY_USE)]
+            log.scalars(dict.fromkeys([*names(stage), *sampled], 1.0 + number), number)
+            log.text(f"{stage}/{ALARM}", "an alarm", number)
+            log.image(f"{stage}/held_out_1", np.zeros((8, 8, 3), np.uint8), number)
 
 
-class ServerHandler(BaseHTTPRequestHandler):
-    """Reads one request and answers it."""
+def test_three_attempts_are_one_record_with_everything_and_nothing_else(run: RunDir) -> None:
+    """One id, all tags at their steps, the last attempt's config and GPU; no record of console, code or machine, and
+    none of the pictures, which nobody asked for."""
+    ids = set()
+    for attempt in range(3):
+        config = Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}})
+        log = start_log(run, config=config, device=CARDS[attempt])
+        log_everything(log, 1 + 2 * attempt)
+        log.close()
+        ids.add(wandb_file(run).stem.removeprefix("run-"))
+    path = wandb_file(run)
+    kinds = {record.WhichOneof("record_type") for record in records(path)}
+    assert kinds == {"header", "run", "telemetry", "metric", "history", "summary", "exit"}
+    points = points_of(path)
+    assert points == tensorboard_points(run.tensorboard)
+    assert {tag for stage in STAGES for tag in names(stage)} < set(points)
+    assert {len(found) for found in points.values()} == {6}
+    shown = config_of(path)
+    assert shown["logging"]["log_every_n_steps"] == 3
+    assert shown["provenance"]["device"] == CARDS[2]
+    summary = summary_of(path)
+    assert {summary[f"{stage}/best_val_loss"] for stage in STAGES} == {2.0}
+    assert {summary[f"{stage}/best_val_psnr_db"] for stage in STAGES} == {7.0}
+    (record,) = [record.run for record in records(path) if record.HasField("run")]
+    assert ids == {record.run_id}
+    assert record.project == "hybrid-vit-cascade"
+    assert (record.host, record.git.commit, record.git.remote_url, list(record.tags)) == ("", "", "", [])
+    assert list((path.parent / "files").iterdir()) == []
 
-    protocol_version = "HTTP/1.1"
-    server: Server
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        self.server.requests.append(self.path.encode() + body)
-        answer: dict[str, Any] = {}
-        if self.path == "/graphql":
-            request = json.loads(body)
-            answer = {"data": self.server.answer(request.get("operationName", ""), request["variables"])}
-        elif self.path.endswith("/file_stream"):
-            self.server.receive(json.loads(body).get("files") or {})
-        encoded = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
+def log_epochs(log: RunLog, first: int, val_losses: Sequence[float]) -> None:
+    """Validations of one stage; PSNR is worst where the loss is best."""
+    for epoch, val_loss in enumerate(val_losses, start=first):
+        log.scalars({"stage_16/val_loss": val_loss, "stage_16/val_psnr_db": 20 + val_loss}, epoch)
 
-    do_PUT = do_POST
 
-    def handle(self) -> None:
-        """A client that was killed is no error."""
-        with contextlib.suppress(ConnectionResetError):
-            super().handle()
+BEST = {"stage_16/best_val_loss": 1.0, "stage_16/best_val_psnr_db": 25.0}
 
-    def log_message(self, *args: object) -> None:
-        """Quiet."""
+
+def test_the_best_of_all_attempts_stands_in_an_offline_summary(run: RunDir) -> None:
+    """Later attempts are worse and the untrained network's figures are better than all: neither counts."""
+    for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
+        log = start_log(run)
+        log_epochs(log, first, val_losses)
+        log.close()
+    summary = summary_of(wandb_file(run))
+    assert {name: summary[name] for name in BEST} == BEST
+    assert summary["stage_16/val_loss"] == 3.0
 
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A W&B server to which the environment points."""
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield server
-        server.shutdown()
 
 
 def test_an_online_run_goes_on_where_the_server_stands(run: RunDir, online: Server) -> None:
     """Steps that are repeated are not sent again: each point is there once, save those of the last position, which the
     server may have got in part."""
-    log = start(run, "online")
+    log = start_log(run, "online")
     log_steps(log, 1, 37)
     log.close()
     assert online.summary["stage_16/step"] == 37
 
     rewind(run.tensorboard, keep_before(["stage_16"], "stage_16", step=25, epochs=2, global_step=25))
-    log = start(run, "online")
+    log = start_log(run, "online")
     log_steps(log, 26, 45)
     log.close()
 
@@ -301,9 +247,29 @@ def test_an_online_run_goes_on_where_the_server_stands(run: RunDir, online: Serv
         assert sorted(found[tag]) == sorted(expected[tag] + again)
 
 
+def test_the_best_of_all_attempts_stands_at_the_server(run: RunDir, online: Server) -> None:
+    """Though the later attempts send worse points only."""
+    for first, val_losses in ((0, [0.5, 5.0, 1.0]), (3, [2.0]), (4, [4.0, 3.0])):
+        log = start_log(run, "online")
+        log_epochs(log, first, val_losses)
+        log.close()
+        assert {name: online.summary[name] for name in BEST} == BEST
+    assert online.summary["stage_16/val_loss"] == 3.0
+
+
+def test_the_server_has_the_config_of_the_last_attempt(run: RunDir, online: Server) -> None:
+    """What may change on resume does: another card, another cadence."""
+    for attempt, card in enumerate(CARDS):
+        log = start_log(run, "online", Config.model_validate({"logging": {"log_every_n_steps": 1 + attempt}}), card)
+        log_steps(log, 1 + attempt, 1 + attempt)
+        log.close()
+        assert online.config["provenance"]["value"] == provenance(card)
+        assert online.config["logging"]["value"]["log_every_n_steps"] == 1 + attempt
+
+
 def test_nothing_about_the_machine_is_sent(run: RunDir, online: Server) -> None:
     """No request to the server names the host, a path, the command or the key."""
-    log = start(run, "online", Config.model_validate({"data": {"path": "/data/Doe^Jane"}}))
+    log = start_log(run, "online", Config.model_validate({"data": {"path": "/data/Doe^Jane"}}))
     log_steps(log, 1, 10)
     log.close()
     sent = b"\n".join(online.requests)
@@ -324,7 +290,7 @@ def test_a_dead_network_costs_neither_steps_nor_the_end(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         began = time.monotonic()
-        log = start(run, "online")
+        log = start_log(run, "online")
         log_steps(log, 1, 40)
         assert time.monotonic() - began < 1
         time.sleep(1.5)
@@ -352,7 +318,8 @@ def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeyp
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_SILENT", "true")
     job = {"root": str(run.path), "tensorboard": str(run.tensorboard), "run_id": "0a1b2c3d", "run_name": None}
-    job |= {"project": "p", "entity": None, "mode": "online", "config": {}}
+    job |= {"project": "p", "entity": None, "mode": "online", "config": {}, "epochs": {}}
+    job |= {"images": False, "checkpoints": False}
     command = [sys.executable, "-c", IMPATIENT]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -360,14 +327,12 @@ def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeyp
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         assert "Weights & Biases cannot be reached, trying again every" in process.stderr.readline()
-        with Server(port) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+        with serving(port) as server:
             deadline = time.monotonic() + 20
             while not any(b"UpsertBucket" in request for request in server.requests) and time.monotonic() < deadline:
                 time.sleep(0.1)
             process.stdin.close()
             assert process.wait(20) == 0
-            server.shutdown()
         assert process.stderr.read() == ""
     steps = [row["stage_16/step"] for row in server.history if "stage_16/train_loss_step" in row]
     assert steps == list(range(1, 11))
@@ -375,7 +340,7 @@ def test_points_from_before_the_network_came_are_sent_later(run: RunDir, monkeyp
 
 def test_a_worker_that_holds_the_pipe_does_not_delay_the_end(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """Forked workers inherit the trainer's end of the pipe and may outlive the log."""
-    follower = WandbLog(run, Config(), "offline")
+    follower = WandbLog(run, Config(), "offline", "cpu")
     copy = os.dup(follower._pipe.fileno())
     log = RunLog(TensorBoardLog(run.tensorboard), [follower])
     log_steps(log, 1, 3)
@@ -387,7 +352,7 @@ def test_a_worker_that_holds_the_pipe_does_not_delay_the_end(run: RunDir, caplog
 
 def test_a_wandb_that_dies_is_reported_and_no_more(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """The process is killed in the middle; the run logs on and says at its end what happened."""
-    follower = WandbLog(run, Config(), "offline")
+    follower = WandbLog(run, Config(), "offline", "cpu")
     log = RunLog(TensorBoardLog(run.tensorboard), [follower])
     log_steps(log, 1, 5)
     os.kill(follower._process.pid, 9)
@@ -397,3 +362,11 @@ def test_a_wandb_that_dies_is_reported_and_no_more(run: RunDir, caplog: pytest.L
         "Weights & Biases ended early (exit -9); TensorBoard has all points"
     ]
     assert len(tensorboard_points(run.tensorboard)["perf/samples_per_s"]) == 10
+
+
+def test_a_finished_run_waits_longer_for_checkpoints_but_not_until_it_counts_as_hung() -> None:
+    """A minute for curves, ten for files, and less where the watchdog would end the trainer before."""
+    assert at_end_s(Config()) == 60
+    for hang_after_s, expected in ((900, 600), (300, 200)):
+        sections = {"wandb": {"checkpoints": True}, "compute": {"hang_after_s": hang_after_s}}
+        assert at_end_s(Config.model_validate(sections)) == expected

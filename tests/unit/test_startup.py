@@ -11,6 +11,7 @@ from app.ops.runpod import read_template
 from app.ops.startup import SSHD, runtime_folder, sshd_command, write_shell_file
 from tests.conftest import ROOT
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DIGEST = f"registry.example/ct@sha256:{'ab' * 32}"
 
 
@@ -82,13 +83,16 @@ def test_push_builds_for_amd64_and_pins_what_the_registry_has(tmp_path):
     docker = tools / "docker"
     docker.write_text(f'#!/bin/sh\necho "$*" >>"{tmp_path}/asked"\n[ "$1" != inspect ] || echo "{DIGEST}"\n')
     docker.chmod(0o755)
+    git = tools / "git"
+    git.write_text(f"#!/bin/sh\necho {COMMIT}\n")
+    git.chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
     command = [tmp_path / "scripts/push", "registry.example/ct:1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[:2] == [
-        "build --platform linux/amd64 --tag registry.example/ct:1 .",
+        f"build --platform linux/amd64 --build-arg REVISION={COMMIT} --tag registry.example/ct:1 .",
         "push registry.example/ct:1",
     ]
     assert read_template(tmp_path / "docker/runpod-template.json")["image"] == DIGEST
