@@ -12,7 +12,7 @@ from pathlib import Path
 
 from app.config import Config
 from app.config_pod import PodConfig
-from app.errors import AppError, CrashBudgetError, LockError, MachineError, Stopped
+from app.errors import AppError, CrashBudgetError, LockError, Stopped
 from app.ops.crash_budget import BUDGET, Attempts, Repetition, progress
 from app.ops.money_guard import MoneyGuard
 from app.ops.pod import check_ending, stop_this_pod, stops_pod
@@ -25,7 +25,7 @@ from app.ops.supervise_trainer import (
     has_cases,
     has_data,
 )
-from app.workspace import Workspace
+from app.workspace import RunDir, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -63,18 +63,14 @@ class NodeSupervision(Supervision):
         while config.data.source == "ct" and not (self.stop() or has_data(data) or has_cases(workspace.cache)):
             self.stop.wait(DATA_POLL_S)
         crashes, reached = 0, progress(run_dir)
-        # Time and money are counted on the first machine, whose REASON says that they are used up.
-        guard = MoneyGuard(config.model_copy(update={"pod": PodConfig()}), run_dir, None, on_pod=False)
+        guard = _FirstMachine(config, run_dir)
         while not self.stop():
-            before = _changed(run_dir.reason)
             code = self._attempt(_Unwritten(run_dir), config.compute.hang_after_s, guard)
             if self._is_end(code):
                 assert code is not None
                 return code
             if code == Stopped.exit_code:
                 self._wait_for_machines()
-                if _changed(run_dir.reason) not in (None, before):
-                    raise MachineError(f"the first machine has ended the run, see {run_dir.reason}")
                 continue
             pause_s = FIRST_LOCK_PAUSE_S
             if code != LockError.exit_code:
@@ -91,8 +87,21 @@ class NodeSupervision(Supervision):
         return nullcontext()
 
 
-def _changed(path: Path) -> int | None:
-    """When a file was written; None where there is none."""
+class _FirstMachine(MoneyGuard):
+    """Counts time and money there; a REASON that was not there at the start ends this machine's part, too."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        super().__init__(config.model_copy(update={"pod": PodConfig()}), run_dir, None, on_pod=False)
+        self._reason = _written(run_dir.reason)
+
+    def _used_up(self) -> str | None:
+        if _written(self._run_dir.reason) in (None, self._reason):
+            return None
+        return f"the first machine has ended the run, see {self._run_dir.reason}"
+
+
+def _written(path: Path) -> int | None:
+    """When; None where there is no such file."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 

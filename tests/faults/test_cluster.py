@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,14 +52,15 @@ def supervised(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch) 
     """Starts machine `rank`'s trainer under supervision, or its container; both on one volume."""
     made = []
 
-    def begin(rank: int, *arguments: str, command: str = "supervise-trainer") -> Container:
+    def begin(rank: int, *arguments: str, **options: Any) -> Container:
         for name, value in places[rank].items():
             monkeypatch.setenv(name, value)
         folder = tmp_path / str(rank)
-        folder.mkdir()
-        (tmp_path / "volume").mkdir(exist_ok=True)
-        (folder / "workspace").symlink_to(tmp_path / "volume")
-        made.append(Container(folder, *arguments, command=command))
+        if not folder.exists():
+            folder.mkdir()
+            (tmp_path / "volume").mkdir(exist_ok=True)
+            (folder / "workspace").symlink_to(tmp_path / "volume")
+        made.append(Container(folder, *arguments, **{"command": "supervise-trainer", **options}))
         return made[-1]
 
     yield begin
@@ -145,6 +148,31 @@ def test_lost_processes_and_machines_are_waited_for(supervised: Start, alone: Pa
     assert [(line["event"], line["code"]) for line in ends] == [("crash", 137), ("end", 143), ("end", 0)]
     assert "Traceback" not in first.output + second.output
     assert_same_curves(run, alone)
+
+
+def test_a_budget_that_is_used_up_on_the_first_machine_ends_both(supervised: Start, tmp_path: Path) -> None:
+    """It counts for both; then at a start, while the second machine waits for the first: 69 on both, state saved."""
+    late = tmp_path / "late"
+    clock = ("tests.on_pod", json.dumps({"api": "http://127.0.0.1:9", "late": str(late)}))
+    long = ("--set", "stages.*.epochs=100000", "--set", "pod.max_hours=100")
+    first, second = supervised(0, *long, program=clock), supervised(1, *long)
+    run = first.workspace / RUN
+    first.until(has_step(run, "stage_8", 2), LIMIT_S)
+    late.touch()
+    assert [machine.process.wait(LIMIT_S) for machine in (first, second)] == [69, 69]
+    for machine in (first, second):
+        machine.close()
+    assert "pod.max_hours (100) is used up" in first.output
+    assert "the state is saved" in first.output
+    assert f"the first machine has ended the run, see {second.workspace / RUN / 'REASON'}" in second.output
+    assert "started again in" not in first.output + second.output
+
+    waiting = supervised(1, *long)
+    waiting.trainer()
+    refused = supervised(0, *long, "--set", "pod.max_hours=1e-9")
+    assert [machine.process.wait(LIMIT_S) for machine in (refused, waiting)] == [69, 69]
+    refused.close()
+    assert "not started: pod.max_hours (1e-09) is used up" in refused.output
 
 
 def test_the_second_machine_s_container_has_no_dashboard_and_writes_nothing(supervised: Start) -> None:

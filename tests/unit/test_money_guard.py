@@ -70,8 +70,9 @@ def never() -> bool:
 
 
 def test_the_variable_comes_before_the_api(account: RunPod) -> None:
-    """And whoever sets it is not asked for a key."""
+    """And whoever sets it is not asked for a key. The machines of a cluster are alike."""
     assert price_per_hour(Environment.read({**ON_POD, "POD_COST_PER_HOUR": "1.25"}), never, account.url) == 1.25
+    assert price_per_hour(Environment.read({"POD_COST_PER_HOUR": "1.25"}), never, machines=2) == 2.5
     assert account.requests == []
 
 
