@@ -88,8 +88,8 @@ class WandbLog:
             return
         if code:
             log.warning("Weights & Biases ended early (exit %d); TensorBoard has all points", code)
-        elif self._offline is not None:
-            log.info("this run is sent to Weights & Biases by: %s", sync_command(self._offline))
+        elif self._offline is not None and (command := sync_command(self._offline)) is not None:
+            log.info("this run is sent to Weights & Biases by: %s", command)
 
     def _tell(self, line: str) -> None:
         try:

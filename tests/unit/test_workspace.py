@@ -29,6 +29,7 @@ def test_the_layout_is_the_documented_one():
         *("config.yaml", "tensorboard", "wandb", "split.json", "manifest.jsonl", "run.lock"),
         *("status.json", "progress.png", "quarantine", "DONE", "REASON", "REASON.json", "attempts.jsonl"),
         *("steps", "ledger.jsonl", "wandb_id", "links", "sent"),
+        *("micro_batches.json", "rehearsed.json", "rehearsal"),
     }
 
 
