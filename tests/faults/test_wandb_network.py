@@ -11,6 +11,7 @@ from statistics import median
 
 from tests.conftest import ROOT
 from tests.runs import RUN, has_step, series, start, train, wait_until
+from tests.supervised import below, processes
 from tests.wandb_server import SilentServer, silent_server
 
 GONE_WITHIN_S = 4.0
@@ -19,27 +20,6 @@ SHORT = (
     *("--set", "checkpoint.save_every_s=60"),
 )
 ENDLESS = ("--set", "stages.stage_8.samples_per_epoch=100000", "--set", "checkpoint.save_every_s=1")
-
-
-def processes() -> dict[int, int]:
-    """The parent of each process."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found[int(path.parent.name)] = int(text.rpartition(")")[2].split()[1])
-    return found
-
-
-def descendants(pid: int) -> set[int]:
-    """All processes below `pid`."""
-    parents = processes()
-    below = {pid}
-    while grown := {child for child, parent in parents.items() if parent in below} - below:
-        below |= grown
-    return below - {pid}
 
 
 def sockets(pid: int) -> set[str]:
@@ -93,7 +73,7 @@ def test_a_stop_beside_a_network_that_hangs_is_as_quick_as_ever(tmp_path: Path) 
     with silent_server() as server:
         process = start(tmp_path, *ENDLESS, env=server.env)
         wait_until(lambda: bool(server.connections) and has_step(run, "stage_8", 5)(), process)
-        helpers = descendants(process.pid)
+        helpers = set(below(process.pid))
         assert owners(server, helpers)
         assert owners(server, {process.pid}) == set()
         begin = time.monotonic()
