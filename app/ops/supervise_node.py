@@ -12,15 +12,17 @@ from pathlib import Path
 
 from app.config import Config
 from app.config_pod import PodConfig
-from app.errors import AppError, CrashBudgetError, LockError, Stopped
+from app.errors import AppError, CrashBudgetError, LockError, MachineError, Stopped
 from app.ops.crash_budget import BUDGET, Attempts, Repetition, progress
 from app.ops.money_guard import MoneyGuard
 from app.ops.pod import check_ending, stop_this_pod, stops_pod
 from app.ops.refusal import finished, refusal_key, standing_refusal
+from app.ops.status import read_status
 from app.ops.supervise_trainer import (
     DATA_POLL_S,
     FIRST_LOCK_PAUSE_S,
     LONGEST_CRASH_PAUSE_S,
+    REFUSED,
     Supervision,
     has_cases,
     has_data,
@@ -88,21 +90,26 @@ class NodeSupervision(Supervision):
 
 
 class _FirstMachine(MoneyGuard):
-    """Counts time and money there; a REASON that was not there at the start ends this machine's part, too."""
+    """Counts time and money there; a refusal that did not stand at the start ends this machine's part, too."""
 
     def __init__(self, config: Config, run_dir: RunDir) -> None:
         super().__init__(config.model_copy(update={"pod": PodConfig()}), run_dir, None, on_pod=False)
-        self._reason = _written(run_dir.reason)
+        self._standing = _refusal(run_dir)
 
     def _used_up(self) -> str | None:
-        if _written(self._run_dir.reason) in (None, self._reason):
+        if _refusal(self._run_dir) in (None, self._standing):
             return None
         return f"the first machine has ended the run, see {self._run_dir.reason}"
 
 
-def _written(path: Path) -> int | None:
-    """When; None where there is no such file."""
-    return path.stat().st_mtime_ns if path.exists() else None
+def _refusal(run_dir: RunDir) -> tuple[str, float] | None:
+    """The run's end as the first machine's supervisor wrote it into the status, and when; None while it goes on."""
+    try:
+        fields = read_status(run_dir)
+    except MachineError:
+        return None
+    state = str(fields.get("state"))
+    return (state, float(fields.get("time", 0.0))) if state.startswith(REFUSED) else None
 
 
 class _Unwritten(Attempts):

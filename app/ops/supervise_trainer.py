@@ -57,6 +57,8 @@ ENDS = (0, WRONG_ARGUMENTS, 65, 69, 70, 71, 74, 78, 143)
 """Exit codes that are not answered by a new start; see `app.errors`."""
 STOPPED_EARLY = (-signal.SIGTERM, -signal.SIGINT)
 """Stopped before the trainer had its handlers in place."""
+REFUSED = "refused"
+"""Begins the state of a run that has ended for good without having finished."""
 SIGNALLED = 128
 """Of a run on several GPUs, 128 + N: signal N ended one of its processes, and the launcher all."""
 POLL_S = 0.2
@@ -334,7 +336,7 @@ def _refused(run_dir: RunDir, error: AppError) -> int:
 def _mark_refused(run_dir: RunDir, code: int) -> None:
     if run_dir.status.exists():
         try:
-            RunStatus(run_dir).close(f"refused, exit code {code}")
+            RunStatus(run_dir).close(f"{REFUSED}, exit code {code}")
         except OSError as error:
             log.error("%s cannot be written: %s", run_dir.status, error.strerror)
 

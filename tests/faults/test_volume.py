@@ -47,7 +47,7 @@ def survives(workspace: Path, process: subprocess.Popen[str], run: Path, uninter
     saves = len(manifest(run))
     repair.unlink()
     wait_until(lambda: len(manifest(run)) > saves, process)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "the volume takes checkpoints again" in output
     assert_same_run(run, uninterrupted)
@@ -79,7 +79,7 @@ def test_a_full_volume_is_waited_out(tmp_path: Path, small_volume: Path, uninter
     wait_until(lambda: marked_step(run) > step + 3, process)
     assert all(whole_files(run)[name] == before[name] for name in before)
     ballast.unlink()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "No space left on device" in output or "are free, a save takes" in output
     assert "the volume takes checkpoints again" in output
