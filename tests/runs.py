@@ -27,6 +27,9 @@ ATOL_DB = 1e-3
 """Of gains and X-ray use, which are differences of PSNRs and near 0 in a network that has learned nothing yet."""
 RUN = Path("hybrid_vit_cascade/checkpoints/tiny")
 
+SHORT = ("--stages", "stage_8", "stage_16")
+"""Of the command line: two stages, and so one hand-over."""
+
 Series = dict[str, list[tuple[int, float]]]
 
 
@@ -180,6 +183,13 @@ def assert_close_state(one: Path, other: Path) -> None:
             assert torch.equal(tensor, right[name]), name
         # Where the gradient is rounding, Adam makes a step of it whose size is the learning rate, 1e-3.
         torch.testing.assert_close(tensor, right[name], rtol=1e-3, atol=5e-4, msg=lambda text, name=name: name + text)
+
+
+def assert_same_curves(run: Path, alone: Path) -> None:
+    """Of two `SHORT` runs: all curves, each step once, and the state at the end, but for rounding."""
+    assert_close(series(run), series(alone))
+    for stage in SHORT[1:]:
+        assert_close_state(run / f"{stage}_final.pt", alone / f"{stage}_final.pt")
 
 
 def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.http_server import Quiet, serving
 
 SECRET_PATH = "/services/T0PLANTED/webhook"
 
@@ -47,7 +48,7 @@ def webhook() -> Iterator[Webhook]:
     state = Webhook()
     state.answering.set()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             state.paths.append(f"GET {self.path}")
             self.send_response(200)
@@ -67,17 +68,9 @@ def webhook() -> Iterator[Webhook]:
                 # Whoever posted has given up.
                 return
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Says nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}{SECRET_PATH}"
-    try:
-        yield state
-    finally:
-        state.answering.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Handler) as address:
+        state.url = f"{address}{SECRET_PATH}"
+        try:
+            yield state
+        finally:
+            state.answering.set()

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
+from tests.runs import RUN, SHORT, train
 from tests.supervised import Container
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process that trained `SHORT` and that nobody stopped."""
+    workspace = tmp_path_factory.mktemp("alone")
+    code, output = train(workspace, *SHORT)
+    assert code == 0, output
+    return workspace / RUN
 
 
 @pytest.fixture

@@ -15,25 +15,24 @@ from typing import Any
 import pytest
 
 from app.ops.crash_budget import read_lines
-from tests.runs import RUN, assert_close, assert_close_state, has_step, manifest, series, start, train, wait_until
+from tests.runs import (
+    RUN,
+    SHORT,
+    assert_same_curves,
+    has_step,
+    manifest,
+    start,
+    train,
+    wait_until,
+)
 from tests.supervised import Container, below, processes
 
-SHORT = ("--stages", "stage_8", "stage_16")
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 GONE_WITHIN_S = 4.0
 LIMIT_S = 180.0
 
 Places = list[dict[str, str]]
 Start = Callable[..., Container]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of one process that nobody stopped."""
-    workspace = tmp_path_factory.mktemp("alone")
-    code, output = train(workspace, *SHORT)
-    assert code == 0, output
-    return workspace / RUN
 
 
 @pytest.fixture
@@ -71,13 +70,6 @@ def supervised(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch) 
 def both_end(nodes: list[subprocess.Popen[str]], limit_s: float = LIMIT_S) -> list[str]:
     """Their outputs."""
     return [node.communicate(timeout=limit_s)[0] for node in nodes]
-
-
-def assert_same_curves(run: Path, alone: Path) -> None:
-    """All curves, each step once, and the state at the end of each stage, but for rounding."""
-    assert_close(series(run), series(alone))
-    for stage in SHORT[1:]:
-        assert_close_state(run / f"{stage}_final.pt", alone / f"{stage}_final.pt")
 
 
 def test_the_second_machine_only_reads_the_cache_and_the_curves_are_those_of_one(

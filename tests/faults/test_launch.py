@@ -14,13 +14,12 @@ import pytest
 from app.ops.crash_budget import read_lines
 from tests.runs import (
     RUN,
-    assert_close,
-    assert_close_state,
+    SHORT,
+    assert_same_curves,
     has_step,
     manifest,
     marked_step,
     refused,
-    series,
     start,
     train,
     wait_until,
@@ -28,7 +27,6 @@ from tests.runs import (
 from tests.supervised import Container, processes
 
 TWO = ("--set", "compute.processes=2")
-SHORT = ("--stages", "stage_8", "stage_16")
 GONE_WITHIN_S = 4.0
 HANG_AFTER_S = 30.0
 """Longer than two processes take to import torch on a busy machine."""
@@ -41,15 +39,6 @@ Start = Callable[..., Container]
 def supervised(start: Start) -> Start:
     """A trainer under supervision; `start` of `tests.runs` is one by itself."""
     return start
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of one process that nobody stopped."""
-    workspace = tmp_path_factory.mktemp("alone")
-    code, output = train(workspace, *SHORT)
-    assert code == 0, output
-    return workspace / RUN
 
 
 def workers(launcher: int) -> list[int]:
@@ -68,13 +57,6 @@ def running(workspace: Path, stage: str, step: int, *arguments: str) -> subproce
     wait_until(has_step(workspace / RUN, stage, step), process)
     assert len(workers(process.pid)) == 2
     return process
-
-
-def assert_same_curves(run: Path, alone: Path) -> None:
-    """All curves, each step once, and the state at the end of each stage, but for rounding."""
-    assert_close(series(run), series(alone))
-    for stage in SHORT[1:]:
-        assert_close_state(run / f"{stage}_final.pt", alone / f"{stage}_final.pt")
 
 
 def test_two_processes_draw_the_curves_of_one(tmp_path: Path, alone: Path) -> None:

@@ -7,16 +7,14 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-from typing import Any
 
 import pytest
 
-from app.config import PodConfig
+from app.config_pod import PodConfig
 from app.doctor import services
 from app.doctor.finding import Finding, Verdict
 from app.env import Environment
+from tests.http_server import Quiet, serving
 from tests.runpod_server import KEY, POD, runpod
 
 WANDB = "0123456789abcdef0123456789abcdef01234567"
@@ -27,7 +25,7 @@ def wandb_server(code: int = 200, answer: object = None) -> Iterator[tuple[str, 
     """A server that knows the key WANDB; with another code it answers that. Its address, and what was asked."""
     asked: list[dict[str, str]] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append({"path": self.path, **body, "login": self.headers["Authorization"]})
@@ -38,18 +36,8 @@ def wandb_server(code: int = 200, answer: object = None) -> Iterator[tuple[str, 
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Says nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Handler) as address:
+        yield address, asked
 
 
 def closed_port() -> int:
