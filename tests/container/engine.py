@@ -43,9 +43,19 @@ def torch_requirement() -> str:
     return next(line for line in lines if line.startswith("torch=="))
 
 
+def revision() -> str:
+    """The commit that is checked out."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def build_image() -> str:
     """The product's image on the stand-in base, from what would be sent to any engine; returns its name."""
-    arguments = [f"BASE_IMAGE={stand_in_base()}", f"TORCH={torch_requirement()}", "TORCH_INDEX="]
+    arguments = [
+        f"BASE_IMAGE={stand_in_base()}",
+        f"TORCH={torch_requirement()}",
+        "TORCH_INDEX=",
+        f"REVISION={revision().strip()}",
+    ]
     options = [option for argument in arguments for option in ("--build-arg", argument)]
     docker("build", "--network", "host", "--platform", "linux/amd64", *options, "-t", IMAGE, str(ROOT))
     return IMAGE

@@ -6,7 +6,7 @@ import json
 import subprocess
 
 from tests.conftest import ROOT
-from tests.container.engine import docker
+from tests.container.engine import docker, revision
 
 CODE = "/opt/hybrid_vit_cascade"
 
@@ -24,13 +24,14 @@ def run(image: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_the_image_holds_the_tracked_code_and_nothing_else(image: str) -> None:
+def test_the_image_holds_the_tracked_code_and_its_commit_and_nothing_else(image: str) -> None:
     """Neither the tests nor what lies about in a working tree."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     starts = ("docker/entrypoint.sh", "docker/profile.sh", "docker/supervisord.conf", "requirements.txt")
     expected = {name for name in tracked if name.startswith(("app/", "configs/")) or name in starts}
     _, output = run(image, "bash", "-c", f"cd {CODE} && find . -type f -not -name '*.pyc'")
-    assert {line.removeprefix("./") for line in output.split()} == expected
+    assert {line.removeprefix("./") for line in output.split()} == expected | {"REVISION"}
+    assert run(image, "cat", f"{CODE}/REVISION") == (0, revision())
 
 
 def test_no_build_tools_and_no_keys_are_left(image: str) -> None:

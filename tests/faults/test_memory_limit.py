@@ -36,6 +36,9 @@ compute: {device: cpu, threads: 1}
 """
 """Samples whose activations outweigh by far what two starts of one program differ by."""
 
+EXACT_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""The same address space each time: no arena per thread, and no freed tensor that stays as a hole in the heap."""
+
 
 def train(workspace: Path, config: Path, *arguments: str, limit: int | None = None) -> tuple[int, int, str]:
     """Exit code, most address space in bytes, and output of a training with so many bytes of address space."""
@@ -48,8 +51,7 @@ def train(workspace: Path, config: Path, *arguments: str, limit: int | None = No
         process = subprocess.Popen(
             [sys.executable, "-m", "app", "train", "--config", str(config), *arguments],
             cwd=ROOT,
-            # With an arena per thread the address space depends on which thread was first.
-            env={**os.environ, "WORKSPACE": str(workspace), "MALLOC_ARENA_MAX": "1"},
+            env={**os.environ, "WORKSPACE": str(workspace)} | EXACT_MALLOC,
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=limited,
