@@ -69,7 +69,7 @@ class Agent(SimpleElasticAgent):
     def __init__(
         self, spec: WorkerSpec, meeting: Meeting, command: Sequence[str], beat_fd: int | None, stop: StopSignal
     ) -> None:
-        super().__init__(spec, exit_barrier_timeout=EXIT_BARRIER_S)
+        super().__init__(spec)
         self._meeting, self._command, self._beat_fd, self._stop = meeting, list(command), beat_fd, stop
         self._interface = interface_to(meeting.node.address if meeting.node.count > 1 else LOOPBACK)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -176,6 +176,10 @@ class Agent(SimpleElasticAgent):
                 child.wait(KILLED_S)
         if self._code is not None:
             self._meeting.leave(min(FAREWELL_S, self._stop.seconds_left()))
+
+    def _exit_barrier(self) -> None:
+        """The first machine stays for the others; torch's own barrier makes a stack trace of a store that is gone."""
+        self._meeting.leave(EXIT_BARRIER_S)
 
     def _construct_event(self, state: str, source: EventSource, *_unused: Any, **_unused_too: Any) -> Event:
         """Nobody listens to torch's events, and for each of them it would look this machine's name up in the DNS."""

@@ -4,7 +4,7 @@ joined/N   machine N, once; a second time it is a new launcher there, and the gr
 go         the first machine: all are there
 beat/N     machine N, every few seconds
 over       the machine whose processes ended first: their exit code, which all of them end with
-left/N     machine N has read it
+left/N     machine N has read it, or all of its processes ended well
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Meeting(RendezvousHandler):
             return exit_code
 
     def leave(self, limit_s: float) -> None:
-        """Read by this machine; the first one stays until all have read it, or for so long."""
+        """Nothing more is asked by this machine; the first one stays until all have said so, or for so long."""
         if self.node.count == 1 or self._store is None:
             return
         others, end = [f"left/{rank}" for rank in range(1, self.node.count)], time.monotonic() + limit_s

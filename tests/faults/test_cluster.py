@@ -138,7 +138,7 @@ def test_lost_processes_and_machines_are_waited_for(supervised: Start, alone: Pa
     assert codes == [0, 0], first.output + second.output
     ends = [line for line in read_lines(run / "attempts.jsonl") if line["event"] in ("crash", "end")]
     assert [(line["event"], line["code"]) for line in ends] == [("crash", 137), ("end", 143), ("end", 0)]
-    assert "Traceback" not in first.output + second.output
+    assert "Traceback" not in first.output + second.output, first.output + second.output
     assert_same_curves(run, alone)
 
 

@@ -137,6 +137,18 @@ def test_the_machine_that_ends_first_says_with_what(pair: tuple[Meeting, Meeting
     assert time.monotonic() - begin < 5
 
 
+def test_the_first_machine_stays_until_the_others_are_done(pair: tuple[Meeting, Meeting, ClusterNode]) -> None:
+    """Its store is theirs; the other one leaves without an answer."""
+    first, second, _ = pair
+    staying = threading.Thread(target=first.leave, args=(30.0,))
+    staying.start()
+    staying.join(0.3)
+    assert staying.is_alive()
+    second.leave(30.0)
+    staying.join(10)
+    assert not staying.is_alive()
+
+
 def test_a_new_launcher_on_a_machine_ends_the_group_of_the_old_one(
     pair: tuple[Meeting, Meeting, ClusterNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
