@@ -31,7 +31,7 @@ def test_the_image_holds_the_tracked_code_and_its_commit_and_nothing_else(image:
     expected = {name for name in tracked if name.startswith(("app/", "configs/")) or name in starts}
     _, output = run(image, "bash", "-c", f"cd {CODE} && find . -type f -not -name '*.pyc'")
     assert {line.removeprefix("./") for line in output.split()} == expected | {"REVISION"}
-    assert run(image, "cat", f"{CODE}/REVISION") == (0, revision())
+    assert run(image, "bash", "-c", f"cat {CODE}/REVISION") == (0, revision())
 
 
 def test_no_build_tools_and_no_keys_are_left(image: str) -> None:

@@ -179,7 +179,7 @@ def test_a_process_that_hangs_is_found_and_the_run_goes_on(supervised: Start, al
     log = (container.workspace / "hybrid_vit_cascade/logs/train.log").read_text()
     assert f"process 1 of the run (pid {both[1]}): it is stopped (SIGSTOP)" in log
     stacks = log[log.index("where it hangs, all threads:") :]
-    assert "in reduce_step" in stacks
+    assert "app/train/stage.py" in stacks
     assert stacks.count("Current thread") + stacks.count("most recent call first") >= 4
     assert container.process.wait(LIMIT_S) == 0, container.output
     container.close()
