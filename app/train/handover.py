@@ -59,7 +59,7 @@ class Parents:
         return None if index == 0 else self._best_hash(self.config.stages[index - 1])
 
     def lowres(self, stage: StageConfig, device: torch.device, precision: Precision, stop: Stop) -> LowresFolder | None:
-        """The outputs that condition `stage`, made now where they are missing; None for the first stage.
+        """The outputs that condition `stage`, made now where they are missing or damaged; None for the first stage.
 
         Raises:
             CheckpointError: the previous stage has no whole best checkpoint.
@@ -70,7 +70,7 @@ class Parents:
             return None
         parent = self.config.stages[index - 1]
         folder = self._folder(parent)
-        if not self.ranks.first(lambda: all(folder.path(case).exists() for case in self.cases)):
+        if not self.ranks.first(lambda: all(folder.holds(case) for case in self.cases)):
             grandparent = self.lowres(parent, device, precision, stop)
             payload, path = self._best(parent)
             model = load_ema(self.config, parent, payload[RESUME_KEY]["ema_state_dict"], path).to(device)
@@ -82,7 +82,7 @@ class Parents:
     def _expect(self, folder: LowresFolder) -> None:
         """On another machine than the first, which has written them: wait for the volume to show its files."""
         end = time.monotonic() + SHOWN_WITHIN_S
-        while self.ranks.node > 0 and not all(folder.path(case).exists() for case in self.cases):
+        while self.ranks.node > 0 and not all(folder.holds(case) for case in self.cases):
             if time.monotonic() > end:
                 raise MachineError(
                     f"{folder.folder}: the volumes that the first machine has made are not here. Every machine of a "

@@ -101,11 +101,14 @@ def hand_over(
     stage, window, device = parent.stage, config.data.hu_window, parent.mean.device
     chunks = [cases[start : start + HAND_OVER_CHUNK] for start in range(0, len(cases), HAND_OVER_CHUNK)]
     # As the first process sees it: while this one looks, others may have begun to write.
-    missing = ranks.first(lambda: [chunk for chunk in chunks if not all(target.path(case).exists() for case in chunk)])
+    missing = ranks.first(lambda: [chunk for chunk in chunks if not all(target.holds(case) for case in chunk)])
     if not missing:
         return
     if ranks.node == 0:
         target.folder.mkdir(parents=True, exist_ok=True)
+    for case in (case for chunk in missing for case in chunk):
+        if target.path(case).exists() and not target.holds(case):
+            log.warning("%s: damaged; it is made again", target.path(case))
     log.info("hand-over: %s makes the low-resolution volumes of %d cases", stage.name, sum(map(len, missing)))
 
     def make(chunk: Sequence[Case]) -> None:

@@ -64,6 +64,14 @@ class LowresFolder:
         """(n, n, n) int16 HU."""
         return self.folder / f"{case.id}.npy"
 
+    def holds(self, case: Case) -> bool:
+        """Whether the file is there, and no shorter than its header says."""
+        try:
+            np.load(self.path(case), mmap_mode="r")
+        except (FileNotFoundError, EOFError, ValueError):
+            return False
+        return True
+
     def load(self, case: Case) -> np.ndarray:
         """(n, n, n) int16 HU."""
         return np.load(self.path(case))  # type: ignore[no-any-return]

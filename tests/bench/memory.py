@@ -1,8 +1,10 @@
 """Memory of a training step of each stage: predicted by `app.train.memory`, and measured by taking the step.
 
-Every measurement is a process of its own. On a CPU it is the growth of the resident set since before the model was
-made, in fp32, with one sample (`--micro-batch`); on a GPU the allocator's peak, allocated and reserved, in the config's
-precision and micro-batch. `checkpointed`: with activations recomputed in the backward pass. GiB.
+Every measurement is a process of its own. `allocated` is the most that torch's allocator had given out at once, which
+is what is predicted: on a GPU by its own count, on a CPU by the profiler's. `resident` is what the process grew by on a
+CPU, workspaces of its kernels included; `reserved` is what the allocator took of a GPU. On a CPU in fp32 with one sample
+(`--micro-batch`), on a GPU in the config's precision and micro-batch. `checkpointed`: with activations recomputed in
+the backward pass. GiB.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from app.config import Config
+from app.config import Config, StageConfig
 from app.config_file import load_config
 from app.env import Environment
 from app.train.memory import step_memory
@@ -58,20 +62,23 @@ def main() -> None:
     save({"config": arguments.config, "precision": precision, "rows": rows}, arguments.json)
 
 
-COLUMNS = ("", "checkpointed", "micro-batch", "weights", "AdamW", "step", "predicted", "measured", "ratio", "reserved")
+COLUMNS = (
+    *("", "checkpointed", "micro-batch", "weights", "AdamW", "step", "predicted"),
+    *("allocated", "ratio", "resident or reserved", "ratio"),
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A line."""
-    peak = row.get("peak")
+    measured = [row[name] for name in ("allocated", "held") if name in row]
     numbers = [row["weights"], row["optimizer"], row["activations"], row["predicted"]]
     return [
         row["stage"],
         "yes" if row["checkpointed"] else "no",
         str(row["micro_batch"]),
         *(f"{value / GIB:.2f}" for value in numbers),
-        *([f"{peak / GIB:.2f}", f"{row['predicted'] / peak:.2f}"] if peak else ["", ""]),
-        f"{row['reserved'] / GIB:.2f}" if "reserved" in row else "",
+        *(cell for peak in measured for cell in (f"{peak / GIB:.2f}", f"{row['predicted'] / peak:.2f}")),
+        *[""] * (4 - 2 * len(measured)),
     ]
 
 
@@ -114,7 +121,7 @@ def in_a_process(name: str, checkpointed: bool) -> dict[str, Any]:
 
 
 def measured(config: Config, name: str) -> dict[str, int]:
-    """Peak bytes of the second step; the first one makes the optimizer's moments."""
+    """Peak bytes of the second step, `allocated` and `held`; the first one makes the optimizer's moments."""
     device = choose_device(config.compute)
     precision = choose_precision(config.compute, device)
     torch.set_flush_denormal(True)
@@ -122,19 +129,32 @@ def measured(config: Config, name: str) -> dict[str, int]:
     tiny = load_config("tests/tiny.yaml", [f"compute.device={device.type}"], Environment.read({}))
     for stage in tiny.stages:
         train_step(*training(tiny, stage, device, precision), tiny.physics.weight, lambda: False)
-    before = resident_bytes("VmRSS")
     # One micro-batch per step: more of them change nothing about the peak.
     stage = config.stage(name)
     stage = stage.model_copy(update={"batch": stage.micro_batch or stage.batch})
     stages = tuple(stage if other.name == name else other for other in config.stages)
     config = config.model_copy(update={"stages": stages})
+    before = resident_bytes("VmRSS")
+    two_steps(config, stage, device, precision)
+    if device.type == "cuda":
+        return {"allocated": torch.cuda.max_memory_allocated(), "held": torch.cuda.max_memory_reserved()}
+    held = resident_bytes("VmHWM") - before
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        activity = torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity], profile_memory=True, acc_events=True) as profiler:
+            two_steps(config, stage, device, precision)
+        profiler.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    return {"allocated": max(totals), "held": held}
+
+
+def two_steps(config: Config, stage: StageConfig, device: torch.device, precision: str) -> None:
+    """From a fresh state; the peaks of memory are those of the second step."""
     state, batches = training(config, stage, device, precision)
     for _ in range(2):
         reset_peak()
         train_step(state, batches, config.physics.weight, lambda: False)
-    if device.type == "cpu":
-        return {"peak": resident_bytes("VmHWM") - before}
-    return {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
 if __name__ == "__main__":

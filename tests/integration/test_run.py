@@ -239,6 +239,22 @@ def test_another_run_takes_over_finished_stages_by_hash(workspace: Path, tmp_pat
     assert not (second / "stage_32_last.pt").exists()
 
 
+def test_damaged_volumes_of_a_hand_over_are_made_again(workspace: Path, tmp_path: Path) -> None:
+    """Empty, cut off, garbage: each is named, and what replaces it is the same, byte for byte."""
+    own = copy_of(workspace, tmp_path)
+    files = sorted(own.glob("cache/lowres/stage_8-*/*.npy"))
+    before = {path: path.read_bytes() for path in files}
+    damages = {files[0]: b"", files[1]: before[files[1]][:-1], files[2]: b"garbage"}
+    for path, content in damages.items():
+        path.write_bytes(content)
+    for path in (own / RUN).glob("stage_[13]*"):
+        path.unlink()
+    code, output = train(own, "--set", "run_name=second", "--set", "init_from=tiny", "--stages", "stage_8", "stage_16")
+    assert code == 0, output
+    assert [path for path in files if f"{path}: damaged; it is made again" in output] == list(damages)
+    assert {path: path.read_bytes() for path in files} == before
+
+
 def test_progress_png_is_written(workspace: Path) -> None:
     """A picture beside the checkpoints."""
     assert (workspace / RUN / "progress.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
