@@ -215,7 +215,6 @@ class _Run:
             self.ranks,
             lambda text: self.status(memory=text),
         )
-        self.status(state="rehearsing")
         Rehearsal(
             self.config,
             self.store,
@@ -224,6 +223,7 @@ class _Run:
             self.device,
             precision,
             self.run_dir,
+            self.status,
             self.micro_batches,
             self.stop,
             self.ranks,

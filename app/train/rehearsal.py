@@ -27,7 +27,7 @@ from app.train.memory import memory_of
 from app.train.micro_batch import MicroBatches, refused_when_full
 from app.train.parallel import Ranks
 from app.train.precision import Precision
-from app.train.protocols import Stop
+from app.train.protocols import Status, Stop
 from app.train.samples import StageCases, batches
 from app.train.state import StageState
 from app.train.step import train_step
@@ -51,6 +51,7 @@ class Rehearsal:
         device: of this process.
         precision: of the run.
         run_dir: takes the checkpoints that are written, read back and deleted.
+        status: told which stage is being rehearsed.
         micro_batches: made smaller where a step does not fit.
         stop: polled everywhere.
         ranks: this process among those of the run.
@@ -63,6 +64,7 @@ class Rehearsal:
     device: torch.device
     precision: Precision
     run_dir: RunDir
+    status: Status
     micro_batches: MicroBatches
     stop: Stop
     ranks: Ranks
@@ -92,6 +94,7 @@ class Rehearsal:
 
     def _stage(self, stage: StageConfig) -> float:
         """Rehearse a stage; seconds of an optimizer step."""
+        self.status(state="rehearsing", stage=stage.name)
         log.info("rehearsing %s: a step, a validation, a checkpoint", stage.name)
         began = time.monotonic()
         if self.device.type == "cuda":

@@ -13,6 +13,7 @@ import torch
 from app.data.cases import CaseStore
 from app.data.prepare import prepare
 from app.errors import MachineError, Stopped
+from app.ops.status import RunStatus
 from app.train.checkpoint import CheckpointFolder
 from app.train.micro_batch import MicroBatches
 from app.train.parallel import ALONE
@@ -50,6 +51,7 @@ def rehearsal(workspace: Workspace, folder: Path, *overrides: str, stop: Any = l
         device=CPU,
         precision=Precision("fp32", CPU),
         run_dir=run_dir,
+        status=RunStatus(run_dir),
         micro_batches=MicroBatches(config, run_dir.micro_batches, CPU, "fp32", ALONE),
         stop=stop,
         ranks=ALONE,
@@ -75,7 +77,7 @@ def test_the_run_is_the_same_with_it(finished: Path, tmp_path: Path) -> None:
 def test_it_is_done_again_for_another_precision_or_stage(
     prepared: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of two stages that were rehearsed only the changed one is due."""
+    """Of two stages that were rehearsed only the changed one is due, and the status names it."""
     first = rehearsal(prepared, tmp_path)
     first.run(first.config.stages[:2])
     caplog.clear()
@@ -84,6 +86,8 @@ def test_it_is_done_again_for_another_precision_or_stage(
         again.run(again.config.stages[:2])
     assert [text.split()[1].rstrip(":") for text in caplog.messages if text.startswith("rehearsing")] == ["stage_16"]
     assert all("at a time" in text for text in caplog.messages if text.startswith("rehearsed stage_16 in"))
+    told = json.loads(again.run_dir.status.read_text())
+    assert (told["state"], told["stage"]) == ("rehearsing", "stage_16")
 
 
 def test_a_stage_that_does_not_fit_is_found_before_the_first_step(
@@ -161,6 +165,7 @@ def test_without_a_gpu_it_is_not_done_unless_asked_for(prepared: Workspace, tmp_
     for wanted in ("auto", "never"):
         quiet = rehearsal(prepared, tmp_path, f"compute.rehearse={wanted}")
         quiet.run(quiet.config.stages)
+        assert not quiet.run_dir.status.exists()
     assert not (tmp_path / "rehearsed.json").exists()
 
 
