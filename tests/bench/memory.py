@@ -1,8 +1,8 @@
 """Memory of a training step of each stage: predicted by `app.train.memory`, and measured by taking the step.
 
 Every measurement is a process of its own. `allocated` is the most that torch's allocator had given out at once, which
-is what is predicted: on a GPU by its own count, on a CPU by the profiler's. Beside it what the process grew by on a CPU,
-workspaces of its kernels included, or what the allocator reserved of a GPU. On a CPU in fp32 with one sample
+is what is predicted: on a GPU by its own count, on a CPU by the profiler's. Beside it what the process grew by on a
+CPU, workspaces of its kernels included, or what the allocator reserved of a GPU. On a CPU in fp32 with one sample
 (`--micro-batch`), on a GPU in the config's precision and micro-batch. `checkpointed`: activations are computed again in
 the backward pass. GiB.
 """
