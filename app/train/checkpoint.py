@@ -201,10 +201,14 @@ class CheckpointFolder:
         """
         lines = self._lines()
         known = {line["file"]: Counters(line["epochs"], line["step"]) for line in lines}
+        rolling = {(line["stage"], line["epochs"], line["step"]) for line in lines if line["kind"] == "last"}
         for stage, kind, path in self.run_dir.checkpoints():
             counters = _read_counters(path)
             # A whole file that is further than its line says was written by lines that are lost: damage goes nowhere.
             lost = path.name not in known or counters > known[path.name]
+            if kind == "last_previous" and (stage, counters.epochs, counters.step) in rolling:
+                # It was written as `last`, and its line says so.
+                lost = False
             if not lost or counters == UNREADABLE or _damaged_record(path) is not None:
                 continue
             line = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}

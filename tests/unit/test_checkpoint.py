@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,23 @@ def test_a_lost_manifest_is_no_loss(folder: CheckpointFolder) -> None:
     save(folder, 4, epochs=1)
     folder.run_dir.manifest.unlink()
     assert newest_step(folder) == 4
+
+
+def test_only_files_that_no_line_knows_are_entered_again(
+    folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last state but one has the line of the time when it was the last; a copied-in file has none."""
+    for step in (1, 2, 3):
+        save(folder, step)
+    before = folder.run_dir.manifest.read_bytes()
+    folder.recover_manifest()
+    assert (folder.run_dir.manifest.read_bytes(), caplog.messages) == (before, [])
+    best = folder.run_dir.checkpoint(STAGE, "best")
+    shutil.copyfile(folder.run_dir.checkpoint(STAGE, "last_previous"), best)
+    folder.recover_manifest()
+    assert caplog.messages == [f"{best.name} has lost its line in manifest.jsonl: it is whole and was entered again"]
+    line = json.loads(folder.run_dir.manifest.read_text().splitlines()[-1])
+    assert (line["file"], line["step"], line["state"]) == (best.name, 2, "found")
 
 
 def test_a_pickle_that_would_run_code_is_refused(folder: CheckpointFolder, tmp_path: Path) -> None:
