@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -70,9 +71,9 @@ class Precision:
             device.type, init_scale=65536.0 if fp16 else 1.0, growth_interval=2000 if fp16 else NEVER
         )
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """Context of the forward pass."""
-        return torch.autocast(self.device.type, DTYPES.get(self.name, torch.float32), enabled=self.name != "fp32")
+        return nullcontext() if self.name == "fp32" else torch.autocast(self.device.type, DTYPES[self.name])
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, scaled in fp16."""

@@ -182,7 +182,9 @@ class Saver:
         settled = self._settled()
         if settled and shared.queue and now - shared.last_good > PAUSE_AFTER_S:
             self._pause(f"no checkpoint could be written for {PAUSE_AFTER_S / 60:.0f} minutes")
-        due = now - self._last_staged >= self._pace.interval_s(self._config)
+        since = now - self._last_staged
+        # The measured interval is never shorter than the one asked for, which costs nothing to look at.
+        due = since >= self._config.save_every_s and since >= self._pace.interval_s(self._config)
         if due and settled and epoch_ends_in_s > self._pace.save_s:
             self.save(state, [ROLLING])
             return True

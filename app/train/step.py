@@ -45,7 +45,8 @@ def train_step(
         MicroBatchTooLarge: the memory did not hold a micro-batch, in this process or in another one of the run.
     """
     config, stage, step = state.config, state.stage, state.progress.step + 1
-    draws = step_draws(stage.batch, config.diffusion, config.seed, stage.name, step)
+    device = state.model.mean.device
+    draws = step_draws(stage.batch, config.diffusion, device, config.seed, stage.name, step)
     mine = ranks.samples(stage.batch)
     micro_batches = [next(loader)]
     while sum(len(batch.x_0) for batch in micro_batches) < len(mine):
@@ -55,7 +56,7 @@ def train_step(
 
     while True:
         state.optimizer.zero_grad(set_to_none=True)
-        terms = torch.zeros(len(micro_batches), 2, device=state.model.mean.device)
+        terms: list[Tensor] = []
         stopped = too_large = False
         for index, batch in enumerate(micro_batches):
             if stopped := stop():
@@ -63,12 +64,14 @@ def train_step(
             try:
                 with memory_errors():
                     losses = _losses(state, batch, draws, mine.start + index * len(batch.x_0), step)
-                    terms[index] = _backward(state, losses, weight, len(micro_batches))
+                    terms.append(_backward(state, losses, weight, len(micro_batches)))
             except torch.OutOfMemoryError:
                 too_large = True
                 break
         # Nobody leaves before the others know: they would wait for the gradients of a process that is gone.
-        mean, (stopped, too_large) = ranks.reduce_step(state.model, terms.mean(0), stopped, too_large)
+        broken_off = stopped or too_large
+        mean = torch.zeros(2, device=device) if broken_off else torch.stack(terms).mean(0)
+        mean, (stopped, too_large) = ranks.reduce_step(state.model, mean, stopped, too_large)
         if stopped:
             raise Stopped("stopped in training")
         if too_large:
@@ -76,7 +79,7 @@ def train_step(
             raise MicroBatchTooLarge
         state.precision.unscale(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.gradient_clip)
-        values = StepValues(*torch.stack([mean[0], mean[1], norm]).tolist())
+        values = StepValues(*torch.cat([mean, norm[None]]).tolist())
         if not math.isfinite(values.diffusion + values.physics):
             raise NumericsError(_not_finite(state, step, values))
         if not state.precision.overflowed(values.gradient_norm):
@@ -100,21 +103,20 @@ def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step:
     """Losses of one micro-batch, whose first sample is number `start` of the whole batch."""
     config, stage, model = state.config, state.stage, state.model
     device, count = batch.x_0.device, len(batch.x_0)
-    mine = slice(start, start + count)
+    mine = draws[start : start + count]
     names = [(config.seed, stage.name, step, index) for index in range(start, start + count)]
     batch, xrays = augment(batch, model, config, names)
     noise = torch.stack([volume_noise(batch.x_0.shape[1:], device, *name, "noise") for name in names])
-    views = draws.views[mine].to(device)
     lowres = noise_level = lowres_noise = None
     truth = batch.lowres_truth()
     if truth is not None and batch.lowres is not None:
-        real = draws.real_lowres[mine].to(device)[:, None, None, None, None]
+        real = mine.real_lowres[:, None, None, None, None]
         lowres = torch.where(real > 0, batch.lowres, truth)
-        noise_level = draws.noise_level[mine].to(device)
+        noise_level = mine.noise_level
         lowres_noise = torch.stack([volume_noise(truth.shape[1:], device, *name, "lowres") for name in names])
-    snr = log_snr(draws.t[mine].to(device), stage.resolution, config.diffusion)
+    snr = log_snr(mine.t, stage.resolution, config.diffusion)
     with state.precision.autocast():
-        condition = model.condition(xrays, views, lowres, noise_level, lowres_noise)
+        condition = model.condition(xrays, mine.views, lowres, noise_level, lowres_noise)
         return sample_losses(model, batch.x_0, noise, snr, condition, batch.xrays)
 
 

@@ -104,11 +104,11 @@ def bare(state: StageState, batches: Iterator[Batch]) -> Callable[[], None]:
     count, device = len(batch.x_0), batch.x_0.device
     names = [(config.seed, stage.name, 1, index) for index in range(count)]
     noise = torch.stack([volume_noise(batch.x_0.shape[1:], device, *name, "noise") for name in names])
-    draws = step_draws(count, config.diffusion, config.seed, stage.name, 1)
-    snr, views = log_snr(draws.t.to(device), stage.resolution, config.diffusion), draws.views.to(device)
+    draws = step_draws(count, config.diffusion, device, config.seed, stage.name, 1)
+    snr, views = log_snr(draws.t, stage.resolution, config.diffusion), draws.views
     level = lowres_noise = None
     if batch.lowres is not None:
-        level, lowres_noise = draws.noise_level.to(device), torch.randn_like(batch.lowres)
+        level, lowres_noise = draws.noise_level, torch.randn_like(batch.lowres)
 
     def step() -> None:
         state.optimizer.zero_grad(set_to_none=True)

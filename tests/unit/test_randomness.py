@@ -32,12 +32,23 @@ def test_an_epoch_shows_every_case_before_any_case_twice() -> None:
 
 def test_times_of_a_step_cover_the_schedule_evenly() -> None:
     """Stratified: sorted times of a batch of 8 are 1/8 apart."""
-    t = step_draws(8, DiffusionConfig(), 0, "stage_8", 3).t.sort().values
+    t = step_draws(8, DiffusionConfig(), CPU, 0, "stage_8", 3).t.sort().values
     assert torch.allclose(t.diff(), torch.full((7,), 1 / 8), atol=1e-6)
+
+
+def test_the_draws_of_a_step_are_fixed_values() -> None:
+    """Like the seeds: no other library or order of operations may change what a resumed step draws."""
+    config = DiffusionConfig(lowres_noise_max=0.1, view_dropout=0.3, lowres_real_share=0.5)
+    draws = step_draws(3, config, CPU, 0, "stage_8", 3)
+    assert draws.t.tolist() == [0.3125828504562378, 0.645916223526001, 0.9792495369911194]
+    assert draws.views.tolist() == [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]
+    assert draws.noise_level.tolist() == [0.04452754184603691, 0.03782057762145996, 0.0311175175011158]
+    assert draws.real_lowres.tolist() == [1.0, 0.0, 1.0]
+    assert draws[1:].views.tolist() == draws.views[1:].tolist()
 
 
 def test_views_are_hidden_as_often_as_the_config_says_and_never_both() -> None:
     """10 % of the samples lack the frontal view, 10 % the lateral one, none lacks both."""
-    views = torch.cat([step_draws(16, DiffusionConfig(view_dropout=0.1), step).views for step in range(500)])
+    views = torch.cat([step_draws(16, DiffusionConfig(view_dropout=0.1), CPU, step).views for step in range(500)])
     assert (views.sum(1) >= 1).all()
     assert torch.allclose(views.mean(0), torch.tensor([0.9, 0.9]), atol=0.015)
