@@ -16,13 +16,17 @@ class EMA:
     """A second model whose weights follow the trained ones; its buffers are theirs."""
 
     def __init__(self, model: StageModel) -> None:
-        """Start from the weights of `model`."""
+        """Start from the weights of `model`, and follow them."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # Once: a walk through a model's modules takes longer than the arithmetic of a small one.
+        self.weights = list(model.parameters())
+        """What is followed, in the order of the model."""
+        self._averages = list(self.model.parameters())
 
     @torch.no_grad()
-    def update(self, model: StageModel, decay: float) -> None:
+    def update(self, decay: float) -> None:
         """ema <- decay ema + (1 - decay) weights."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
+        torch._foreach_lerp_(self._averages, self.weights, 1.0 - decay)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

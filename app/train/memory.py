@@ -108,7 +108,7 @@ def _step(state: StageState, config: Config, count: int) -> None:
     (losses.diffusion.mean() + losses.physics.mean()).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
     state.optimizer.step()
-    state.ema.update(model, 0.5)
+    state.ema.update(0.5)
 
 
 class _Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]

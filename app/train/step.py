@@ -78,7 +78,7 @@ def train_step(
             state.optimizer.zero_grad(set_to_none=True)
             raise MicroBatchTooLarge
         state.precision.unscale(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(state.ema.weights, config.optimizer.gradient_clip)
         values = StepValues(*torch.cat([mean, norm[None]]).tolist())
         if not math.isfinite(values.diffusion + values.physics):
             raise NumericsError(_not_finite(state, step, values))
@@ -88,7 +88,7 @@ def train_step(
         raise NumericsError(_not_finite(state, step, values))
 
     state.precision.step(state.optimizer)
-    state.ema.update(state.model, ema_decay(step, stage.ema_decay))
+    state.ema.update(ema_decay(step, stage.ema_decay))
     return values
 
 

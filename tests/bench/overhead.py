@@ -137,7 +137,7 @@ def bare(config: Config, steps: int, _folder: Path, tick: Tick) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         optimizer.step()
-        ema.update(model, 0.999)
+        ema.update(0.999)
         tick()
 
 
@@ -196,7 +196,7 @@ def accelerate(config: Config, steps: int, folder: Path, tick: Tick) -> None:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            ema.update(model, 0.999)
+            ema.update(0.999)
             step += 1
             if step % LOG_EVERY == 0:
                 accelerator.log({"train_loss": loss.item(), "gradient_norm": float(norm)}, step=step)
@@ -224,7 +224,7 @@ def lightning(config: Config, steps: int, folder: Path, tick: Tick) -> None:
             return optimizer_of(self.model, config)
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.ema.update(self.model, 0.999)
+            self.ema.update(0.999)
             tick()
 
     trainer = lightning.Trainer(
@@ -258,7 +258,7 @@ def hf_trainer(config: Config, steps: int, folder: Path, tick: Tick) -> None:
 
     class AfterStep(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ema.update(wrapped.model, 0.999)
+            ema.update(0.999)
             tick()
 
     arguments = TrainingArguments(

@@ -118,7 +118,7 @@ def bare(state: StageState, batches: Iterator[Batch]) -> Callable[[], None]:
         (losses.diffusion.mean() + config.physics.weight * losses.physics.mean()).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         state.optimizer.step()
-        state.ema.update(model, stage.ema_decay)
+        state.ema.update(stage.ema_decay)
 
     return step
 
