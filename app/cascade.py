@@ -193,6 +193,8 @@ class _Run:
         try:
             for stage in pending:
                 self._train_stage(stage, point if stage == point.stage else None, precision, run_log)
+            if pending:
+                self._draw(self.progress.write)
             if not only or self.config.stages[-1].name in only:
                 self._finish(news=True)
                 log.info("finished: all stages are trained; checkpoints in %s", self.run_dir.path)
@@ -324,7 +326,7 @@ class _Run:
             stop=self.stop,
             grace=self.grace,
             mark=self.record,
-            after_epoch=self._after_epoch,
+            after_epoch=lambda: self._draw(self.progress.write_sometimes),
             first_global_step=self.config.first_global_step(stage),
             micro_batches=self.micro_batches,
             ranks=self.ranks,
@@ -334,13 +336,14 @@ class _Run:
         self.run_seconds = state.progress.run_seconds
         self.record.stage_ended(stage, state.progress, run.first_global_step + state.progress.step)
 
-    def _after_epoch(self) -> None:
+    def _draw(self, write: Callable[[str, float | None], None]) -> None:
+        """Have the progress picture written."""
         if isinstance(self.status, SilentStatus):
             return
         fields = self.status.fields
         headline = f"{fields['stage']}, epoch {fields['epoch']} of {fields['epochs']}"
         try:
-            self.progress.write(headline, self.status.eta_s())
+            write(headline, self.status.eta_s())
         except OSError as error:
             log.warning("%s cannot be written: %s", self.run_dir.progress_png, error.strerror)
 

@@ -6,7 +6,8 @@ The points come from the event files, so that the picture is complete after a re
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SIZE_INCHES = (16.0, 9.0)
 DPI = 90
+SHARE = 0.01
+"""Of the time, at most, that training waits for the picture."""
 MARGINS = {"left": 0.04, "right": 0.99, "bottom": 0.06, "top": 0.91, "wspace": 0.14, "hspace": 0.4}
 COLOURS = ("#4c9be8", "#f28e2b", "#59b36a", "#c46bd6", "#e15759", "#9c9c9c")
 
@@ -64,14 +67,27 @@ class ProgressPicture:
         path: the picture.
         tensorboard: the run's event files, after `rewind`.
         stages: names of all stages, in order.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, stages: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, tensorboard: Path, stages: Sequence[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._path = path
+        self._clock = clock
+        self._due = clock()
         self._reader = EventReader(tensorboard)
         self._stages = tuple(stages)
         self._series: dict[str, Series] = {}
         self._picture: tuple[str, bytes] | None = None
+
+    def write_sometimes(self, headline: str, eta_s: float | None) -> None:
+        """The same as `write`, unless the last one is so short ago that pictures would take more than a `SHARE`."""
+        began = self._clock()
+        if began >= self._due:
+            self.write(headline, eta_s)
+            ended = self._clock()
+            self._due = ended + (ended - began) / SHARE
 
     def write(self, headline: str, eta_s: float | None) -> None:
         """Replaces the picture by one of everything that was flushed so far.

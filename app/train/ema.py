@@ -19,9 +19,9 @@ class EMA:
         """Start from the weights of `model`, and follow them."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         # Once: a walk through a model's modules takes longer than the arithmetic of a small one.
-        self.weights = list(model.parameters())
+        self.weights: list[Tensor] = list(model.parameters())
         """What is followed, in the order of the model."""
-        self._averages = list(self.model.parameters())
+        self._averages: list[Tensor] = list(self.model.parameters())
 
     @torch.no_grad()
     def update(self, decay: float) -> None:

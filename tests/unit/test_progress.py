@@ -71,6 +71,25 @@ def test_a_later_call_adds_what_was_logged_since(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after, written(tmp_path / "again.png", folder))
 
 
+@pytest.mark.parametrize(("epoch_s", "count"), [(1.0, 4), (60.0, 200)])
+def test_pictures_take_a_hundredth_of_the_time_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch_s: float, count: int
+) -> None:
+    """200 epochs and pictures of half a second: one in fifty of short epochs has one, each that takes a minute."""
+    clock, drawn = [0.0], []
+
+    def draw(*_: object) -> None:
+        drawn.append(clock[0])
+        clock[0] += 0.5
+
+    progress = ProgressPicture(tmp_path / "progress.png", tmp_path, STAGES, clock=lambda: clock[0])
+    monkeypatch.setattr(progress, "write", draw)
+    for _ in range(200):
+        clock[0] += epoch_s
+        progress.write_sometimes("stage_32, epoch 3 of 10", None)
+    assert len(drawn) == count
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), -1.0])
 def test_values_without_a_logarithm_do_not_stop_the_run(tmp_path: Path, value: float) -> None:
     """Physics may be zero while it is masked; the chart is drawn without a warning."""
