@@ -9,7 +9,6 @@ the CRCs of its own records and by loading it, and gets a `found` line.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import pickle
@@ -19,7 +18,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from typing import Any, BinaryIO
 import torch
 
 from app.errors import CheckpointError
-from app.workspace import RunDir, atomic_file, atomic_write, epoch_kind, sync_folder
+from app.train.manifest import Manifest
+from app.workspace import RunDir, atomic_file, epoch_kind, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,6 @@ REQUIRED_KEYS = (
     RESUME_KEY,
 )
 COPY_CHUNK = 1 << 22
-LINES_AT_MOST = 2000
-"""A longer manifest is cut at the next start to the lines that still say something."""
-LINES_PER_FILE = 4
-"""`pending` and `committed` of a file and of the one that had its name before: `_last` becomes `_last_previous`."""
 RESUMABLE_AT_LEAST = 2
 """Different states of a stage that retention leaves, whatever the config asks for."""
 UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.error)
@@ -120,6 +116,7 @@ class CheckpointFolder:
         """
         self.run_dir = run_dir
         self._fence = fence
+        self._manifest = Manifest(run_dir.manifest)
 
     def publish(self, stage: str, kinds: Sequence[str], payload: dict[str, Any], counters: Counters) -> None:
         """Write `payload` once for each kind, every file on blocks of its own.
@@ -172,10 +169,10 @@ class CheckpointFolder:
             os.fsync(file.fileno())
             size = os.fstat(file.fileno()).st_size
             self._fence()
-            self._append({**line, "sha256": sha256, "bytes": size, "state": "pending"})
+            self._manifest.append({**line, "sha256": sha256, "bytes": size, "state": "pending"})
             if kind == "last" and path.exists():
                 path.replace(self.run_dir.checkpoint(stage, "last_previous"))
-        self._append({**line, "sha256": sha256, "bytes": size, "state": "committed", "time": time.time()})
+        self._manifest.append({**line, "sha256": sha256, "bytes": size, "state": "committed", "time": time.time()})
 
     def retain(self, stage: str, keep: int | None) -> None:
         """Delete all but the newest `keep` `_epoch_{N}.pt` of a stage; None keeps all.
@@ -199,7 +196,7 @@ class CheckpointFolder:
         For the process that holds the run lock, before it looks for its state. Files that are not whole are left to
         `newest`, which sets them aside.
         """
-        lines = self._lines()
+        lines = self._manifest.lines()
         known = {line["file"]: Counters(line["epochs"], line["step"]) for line in lines}
         rolling = {(line["stage"], line["epochs"], line["step"]) for line in lines if line["kind"] == "last"}
         for stage, kind, path in self.run_dir.checkpoints():
@@ -213,22 +210,16 @@ class CheckpointFolder:
                 continue
             line = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}
             found = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "state": "found", "time": time.time()}
-            self._append({**line, **found})
+            self._manifest.append({**line, **found})
             log.warning(
                 "%s has lost its line in %s: it is whole and was entered again", path.name, self.run_dir.manifest.name
             )
-        if len(lines) > LINES_AT_MOST:
-            newest: dict[str, list[dict[str, Any]]] = {}
-            for line in lines:
-                newest.setdefault(line["file"], []).append(line)
-            kept = {id(line) for group in newest.values() for line in group[-LINES_PER_FILE:]}
-            text = "".join(json.dumps(line) + "\n" for line in lines if id(line) in kept)
-            atomic_write(self.run_dir.manifest, text.encode())
+        self._manifest.shorten(lines)
 
     def entries(self, stage: str | None = None) -> list[FoundCheckpoint]:
         """Every checkpoint file of the run (of one stage), the furthest first."""
         by_name: dict[str, dict[str, Any]] = {}
-        for line in self._lines():
+        for line in self._manifest.lines():
             by_name[line["file"]] = line
         found = []
         for stage_name, kind, path in self.run_dir.checkpoints():
@@ -242,13 +233,13 @@ class CheckpointFolder:
     def any_trace(self) -> bool:
         """Whether this run ever had a checkpoint, even if none is left."""
         quarantined = self.run_dir.quarantine.is_dir() and any(self.run_dir.quarantine.iterdir())
-        return quarantined or bool(self._lines()) or bool(self.run_dir.checkpoints())
+        return quarantined or bool(self._manifest.lines()) or bool(self.run_dir.checkpoints())
 
     def damage(self, entry: FoundCheckpoint) -> str | None:
         """What is wrong with a file's content, or None."""
         if entry.path.stat().st_size == 0:
             return "the file is empty"
-        known = {line["sha256"] for line in self._lines() if line["stage"] == entry.stage}
+        known = {line["sha256"] for line in self._manifest.lines() if line["stage"] == entry.stage}
         sha256 = file_sha256(entry.path)
         if sha256 in known:
             return None
@@ -335,31 +326,6 @@ class CheckpointFolder:
     def _set_aside(self, entry: FoundCheckpoint, reason: str) -> None:
         self.set_aside(entry, reason)
         log.warning("%s is damaged and was moved to %s: %s", entry.path.name, self.run_dir.quarantine.name, reason)
-
-    def _append(self, line: dict[str, object]) -> None:
-        with self.run_dir.manifest.open("a+b") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"
-                file.write(b"\n" if torn else b"")
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _lines(self) -> list[dict[str, Any]]:
-        return list(self._read_manifest())
-
-    def _read_manifest(self) -> Iterator[dict[str, Any]]:
-        if not self.run_dir.manifest.exists():
-            return
-        for number, text in enumerate(self.run_dir.manifest.read_bytes().splitlines(), start=1):
-            try:
-                line = json.loads(text)
-                line["file"], line["sha256"], line["stage"], line["kind"], line["epochs"], line["step"], line["state"]
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s:%d is torn and was skipped", self.run_dir.manifest, number)
-                continue
-            yield line
 
 
 def _check_format(entry: FoundCheckpoint, payload: dict[str, Any]) -> None:
