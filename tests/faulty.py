@@ -27,6 +27,7 @@ import app.train.saver
 import app.train.stage
 import app.train.step
 from app.train.checkpoint import CheckpointFolder, _HashingFile
+from app.train.manifest import Line, Manifest
 
 LINGER_S = 0.4
 NATIVE_ROUNDS = 10**9
@@ -109,25 +110,25 @@ def kill_after_fsync(nth: Nth) -> None:
 
 def kill_before_the_line(nth: Nth) -> None:
     """Before the pending line."""
-    before(CheckpointFolder, "_append", lambda self, line: nth() if line["state"] == "pending" else None)
+    before(Manifest, "append", lambda self, line: nth() if line["state"] == "pending" else None)
 
 
 def kill_in_the_line(nth: Nth) -> None:
     """A pending line is torn in the middle."""
 
-    def fault(self: CheckpointFolder, line: dict[str, Any]) -> None:
+    def fault(self: Manifest, line: Line) -> None:
         nth.left -= 1
         if nth.left == 0:
-            with self.run_dir.manifest.open("a") as file:
+            with self.path.open("a") as file:
                 file.write('{"file": "stage_8_la')
             kill()
 
-    before(CheckpointFolder, "_append", fault)
+    before(Manifest, "append", fault)
 
 
 def kill_after_the_line(nth: Nth) -> None:
     """After the pending line, before the file has its name."""
-    after(CheckpointFolder, "_append", lambda self, line: nth() if line["state"] == "pending" else None)
+    after(Manifest, "append", lambda self, line: nth() if line["state"] == "pending" else None)
 
 
 def kill_after_the_rotation(nth: Nth) -> None:
@@ -142,12 +143,12 @@ def kill_after_the_rename(nth: Nth) -> None:
 
 def kill_before_the_committed_line(nth: Nth) -> None:
     """The folder is synced too."""
-    before(CheckpointFolder, "_append", lambda self, line: nth() if line["state"] == "committed" else None)
+    before(Manifest, "append", lambda self, line: nth() if line["state"] == "committed" else None)
 
 
 def kill_after_the_committed_line(nth: Nth) -> None:
     """The save is complete; other files of the same state may be missing."""
-    after(CheckpointFolder, "_append", lambda self, line: nth() if line["state"] == "committed" else None)
+    after(Manifest, "append", lambda self, line: nth() if line["state"] == "committed" else None)
 
 
 def kill_in_retention(nth: Nth) -> None:
