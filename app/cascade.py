@@ -33,7 +33,7 @@ from app.train.handover import Parents, measure_training_cases, new_state
 from app.train.micro_batch import MicroBatches, refused_when_full
 from app.train.pace import Pace
 from app.train.parallel import ALONE, Ranks
-from app.train.precision import Precision, choose_device
+from app.train.precision import Precision, choose_algorithms, choose_device
 from app.train.protocols import Grace, Stop
 from app.train.rehearsal import Rehearsal
 from app.train.resume import ResumePoint, describe, find_resume_point, resumed_precision
@@ -82,6 +82,7 @@ def train(
         AppError: see `app.errors` for the kinds and their exit codes.
     """
     device = ranks.everyone(lambda: _device(config, only, ranks))
+    choose_algorithms(config.compute, device)
     torch.set_num_threads(config.compute.threads)
     torch.set_flush_denormal(True)
     run_dir = workspace.run_dir(config.run_name)

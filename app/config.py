@@ -307,6 +307,9 @@ class ComputeConfig(Section):
     """`auto`: fp32 on a CPU, bf16 on a GPU that has it, else fp16 with a scaler. A resumed run keeps its own."""
     threads: int = Field(2, ge=1, le=256)
     """CPU threads of the arithmetic; part of the result, bit for bit."""
+    deterministic: bool = operational(True)
+    """On a GPU, kernels that give the same bits each time: without them a resumed run differs from an undisturbed one
+    in its last bits; false takes the fastest ones, and cuDNN tries them out."""
     workers: int = operational(0, ge=0, le=64)
     """Processes that load cases; they only load, so their number does not change the result."""
     rehearse: Literal["auto", "always", "never"] = operational("auto")

@@ -1,9 +1,10 @@
-"""Arithmetic of a run: fp32, bf16 by autocast, or fp16 by autocast with a gradient scaler."""
+"""Arithmetic of a run: fp32, bf16 by autocast, or fp16 by autocast with a gradient scaler; device and kernels."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ from app.errors import MachineError, NumericsError
 log = logging.getLogger(__name__)
 
 NEVER = 2**31 - 1
+NO_SUCH_KERNEL = "does not have a deterministic implementation"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +43,36 @@ def choose_precision(config: ComputeConfig, device: torch.device) -> str:
     if device.type == "cpu":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def choose_algorithms(config: ComputeConfig, device: torch.device) -> None:
+    """On a GPU the kernels that the config asks for; on a CPU all give the same bits for the same number of threads.
+
+    Call it before the GPU computes anything. From PyTorch's notes on reproducibility.
+    """
+    if device.type == "cpu":
+        return
+    if config.deterministic:
+        # Read by cuBLAS when it is used first; with its own choice several streams may share a workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # What is not written is not read, and to fill it takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # With warnings in place of errors attention would keep the backward pass whose sums have no fixed order.
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def without_determinism(error: RuntimeError) -> bool:
+    """Whether an operation has no deterministic kernel; from then on it only warns, aloud, and can be taken again."""
+    if NO_SUCH_KERNEL not in str(error):
+        return False
+    log.warning(
+        "compute.deterministic: %s. From here on such operations are taken as they are, and a resumed run may differ "
+        "from an undisturbed one in its last bits",
+        str(error).partition(",")[0],
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return True
 
 
 def precision_for_use(device: str) -> Precision:

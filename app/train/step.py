@@ -18,6 +18,7 @@ from app.train.augment import augment
 from app.train.loss import SampleLosses, sample_losses
 from app.train.micro_batch import MicroBatchTooLarge, memory_errors
 from app.train.parallel import ALONE, Ranks
+from app.train.precision import without_determinism
 from app.train.protocols import Stop
 from app.train.randomness import StepDraws, step_draws, volume_noise
 from app.train.samples import Batch
@@ -57,7 +58,7 @@ def train_step(
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         terms: list[Tensor] = []
-        stopped = too_large = False
+        stopped = too_large = again = False
         for index, batch in enumerate(micro_batches):
             if stopped := stop():
                 break
@@ -68,6 +69,13 @@ def train_step(
             except torch.OutOfMemoryError:
                 too_large = True
                 break
+            except RuntimeError as error:
+                if not without_determinism(error):
+                    raise
+                again = True
+                break
+        if again:
+            continue
         # Nobody leaves before the others know: they would wait for the gradients of a process that is gone.
         broken_off = stopped or too_large
         mean = torch.zeros(2, device=device) if broken_off else torch.stack(terms).mean(0)

@@ -25,7 +25,7 @@ from app.physics.attenuation import x_to_mu
 from app.train.augment import augment
 from app.train.handover import new_state
 from app.train.parallel import ALONE
-from app.train.precision import Precision, choose_device, choose_precision
+from app.train.precision import Precision, choose_algorithms, choose_device, choose_precision
 from app.train.randomness import epoch_order
 from app.train.samples import Batch, LowresFolder, StageCases, batches
 from app.train.step import train_step
@@ -63,6 +63,7 @@ def main() -> None:
     device = f"compute.device={'cuda' if torch.cuda.is_available() else 'cpu'}"
     overrides = ["data.source=phantoms", device, "data.phantoms.count=16", *arguments.overrides]
     config = load_config(arguments.config, overrides, Environment.read({}))
+    choose_algorithms(config.compute, choose_device(config.compute))
     torch.set_num_threads(config.compute.threads)
     torch.set_flush_denormal(True)
     print(f"{arguments.config}, {machine()}", flush=True)

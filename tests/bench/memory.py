@@ -23,7 +23,7 @@ from app.config import Config, StageConfig
 from app.config_file import load_config
 from app.env import Environment
 from app.train.memory import step_memory
-from app.train.precision import choose_device, choose_precision
+from app.train.precision import choose_algorithms, choose_device, choose_precision
 from app.train.step import train_step
 from tests.bench.measure import machine, parser, reset_peak, resident_bytes, save, table
 from tests.bench.steps import training
@@ -123,6 +123,7 @@ def in_a_process(name: str, checkpointed: bool) -> dict[str, Any]:
 def measured(config: Config, name: str) -> dict[str, int]:
     """Peak bytes of the second step, `allocated` and `held`; the first one makes the optimizer's moments."""
     device = choose_device(config.compute)
+    choose_algorithms(config.compute, device)
     precision = choose_precision(config.compute, device)
     torch.set_flush_denormal(True)
     # Lazy imports and compiled kernels of the libraries take a third of a GiB at the first step of a process.

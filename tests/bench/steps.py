@@ -21,7 +21,7 @@ from app.physics.geometry import geometry_from_config
 from app.physics.projector import Projector
 from app.train.handover import new_state
 from app.train.loss import sample_losses
-from app.train.precision import Precision, choose_device, choose_precision
+from app.train.precision import Precision, choose_algorithms, choose_device, choose_precision
 from app.train.randomness import step_draws, volume_noise
 from app.train.samples import Batch
 from app.train.state import StageState
@@ -42,6 +42,7 @@ def main() -> None:
     torch.set_num_threads(config.compute.threads)
     torch.set_flush_denormal(True)
     device = choose_device(config.compute)
+    choose_algorithms(config.compute, device)
     precision = choose_precision(config.compute, device)
     print(f"{arguments.config}, {precision}, {machine()}", flush=True)
     chosen = [stage for stage in config.stages if not arguments.stages or stage.name in arguments.stages]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ import torch
 from app.config import ComputeConfig
 from app.errors import CheckpointError, MachineError, NumericsError
 from app.train.handover import new_state
-from app.train.precision import Precision, choose_device, choose_precision
+from app.train.loss import SampleLosses, sample_losses
+from app.train.precision import Precision, choose_algorithms, choose_device, choose_precision
 from app.train.samples import Batch
 from app.train.state import StageState, load_ema
 from app.train.step import train_step
@@ -69,6 +73,57 @@ def test_micro_batches_give_the_step_of_the_whole_batch() -> None:
     assert train_step(parts, halves, 0.01, stop=lambda: False).diffusion == pytest.approx(values.diffusion, rel=1e-5)
     for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """Torch's choice of kernels is put back."""
+    before = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = before
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_on_a_gpu_are_those_that_the_config_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic ones unless it says otherwise, as errors and not as warnings; on a CPU nothing is chosen."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    choose_algorithms(ComputeConfig(), CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    choose_algorithms(ComputeConfig(deterministic=False), torch.device("cuda"))
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, True)
+    choose_algorithms(ComputeConfig(), torch.device("cuda"))
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (True, False)
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_step_without_a_deterministic_kernel_is_taken_again_aloud(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operation that torch refuses in the second micro-batch: the step is that of a run which never asked."""
+    halves = [Batch(batch().x_0[i : i + 1], batch().xrays[i : i + 1], None) for i in range(2)]
+    plain, asked = new("stages.*.micro_batch=1"), new("stages.*.micro_batch=1")
+    calls = []
+
+    def losses(*arguments: Any) -> SampleLosses:
+        calls.append(len(calls))
+        if len(calls) > 1:
+            torch.zeros(1).put_(torch.tensor([0]), torch.ones(1))
+        return sample_losses(*arguments)
+
+    values = train_step(plain, iter(halves), 0.01, stop=lambda: False)
+    monkeypatch.setattr("app.train.step.sample_losses", losses)
+    torch.use_deterministic_algorithms(True)
+    with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
+        assert train_step(asked, iter(halves), 0.01, stop=lambda: False) == values
+    assert len(calls) == 4
+    assert [text.partition(". From")[0] for text in caplog.messages] == [
+        "compute.deterministic: put_ does not have a deterministic implementation"
+    ]
+    for one, other in zip(plain.model.parameters(), asked.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_gradient_that_is_not_finite_moves_no_weight() -> None:
