@@ -6,7 +6,7 @@ Shapes: B batch, b micro-batch, N cube edge.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,7 @@ def train_step(
         MicroBatchTooLarge: the memory did not hold a micro-batch, in this process or in another one of the run.
     """
     config, stage, step = state.config, state.stage, state.progress.step + 1
-    device = state.model.mean.device
-    draws = step_draws(stage.batch, config.diffusion, device, config.seed, stage.name, step)
+    draws = step_draws(stage.batch, config.diffusion, state.model.mean.device, config.seed, stage.name, step)
     mine = ranks.samples(stage.batch)
     micro_batches = [next(loader)]
     while sum(len(batch.x_0) for batch in micro_batches) < len(mine):
@@ -56,29 +55,8 @@ def train_step(
         group["lr"] = learning_rate(step, stage, config.optimizer)
 
     while True:
-        state.optimizer.zero_grad(set_to_none=True)
-        terms: list[Tensor] = []
-        stopped = too_large = again = False
-        for index, batch in enumerate(micro_batches):
-            if stopped := stop():
-                break
-            try:
-                with memory_errors():
-                    losses = _losses(state, batch, draws, mine.start + index * len(batch.x_0), step)
-                    terms.append(_backward(state, losses, weight, len(micro_batches)))
-            except torch.OutOfMemoryError:
-                too_large = True
-                break
-            except RuntimeError as error:
-                if not without_determinism(error):
-                    raise
-                again = True
-                break
-        if again:
-            continue
+        mean, stopped, too_large = _accumulate(state, micro_batches, draws, mine.start, weight, stop)
         # Nobody leaves before the others know: they would wait for the gradients of a process that is gone.
-        broken_off = stopped or too_large
-        mean = torch.zeros(2, device=device) if broken_off else torch.stack(terms).mean(0)
         mean, (stopped, too_large) = ranks.reduce_step(state.model, mean, stopped, too_large)
         if stopped:
             raise Stopped("stopped in training")
@@ -100,6 +78,34 @@ def train_step(
     return values
 
 
+def _accumulate(
+    state: StageState, micro_batches: Sequence[Batch], draws: StepDraws, start: int, weight: float, stop: Stop
+) -> tuple[Tensor, bool, bool]:
+    """Gradients of this process's samples, from number `start` of the whole batch on.
+
+    Returns the mean diffusion and physics loss (2,); whether it was asked to stop, and whether memory ran out: with
+    either one the losses are zeros and the gradients a part of what they should be.
+    """
+    nothing = torch.zeros(2, device=state.model.mean.device)
+    while True:
+        state.optimizer.zero_grad(set_to_none=True)
+        terms = []
+        try:
+            for index, batch in enumerate(micro_batches):
+                if stop():
+                    return nothing, True, False
+                with memory_errors():
+                    losses = _losses(state, batch, draws, start + index * len(batch.x_0))
+                    terms.append(_backward(state, losses, weight, len(micro_batches)))
+        except torch.OutOfMemoryError:
+            return nothing, False, True
+        except RuntimeError as error:
+            if not without_determinism(error):
+                raise
+            continue
+        return torch.stack(terms).mean(0), False, False
+
+
 def _backward(state: StageState, losses: SampleLosses, weight: float, micro_batches: int) -> Tensor:
     """Add the gradients of one micro-batch of so many; its diffusion and physics loss, (2,)."""
     diffusion, physics = losses.diffusion.mean(), losses.physics.mean()
@@ -107,10 +113,10 @@ def _backward(state: StageState, losses: SampleLosses, weight: float, micro_batc
     return torch.stack([diffusion.detach(), physics.detach()])
 
 
-def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int, step: int) -> SampleLosses:
+def _losses(state: StageState, batch: Batch, draws: StepDraws, start: int) -> SampleLosses:
     """Losses of one micro-batch, whose first sample is number `start` of the whole batch."""
     config, stage, model = state.config, state.stage, state.model
-    device, count = batch.x_0.device, len(batch.x_0)
+    device, count, step = batch.x_0.device, len(batch.x_0), state.progress.step + 1
     mine = draws[start : start + count]
     names = [(config.seed, stage.name, step, index) for index in range(start, start + count)]
     batch, xrays = augment(batch, model, config, names)
