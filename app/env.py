@@ -220,6 +220,11 @@ def hide_native_log() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
+def fix_cublas_workspace() -> None:
+    """Before the GPU computes anything: with a choice of its own cuBLAS may take another order of sums each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def preset_ranks(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables of a launcher that are set though none started this process, as on RunPod's clusters."""
     environ = os.environ if environ is None else environ

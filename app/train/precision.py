@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from app.config import ComputeConfig
+from app.env import fix_cublas_workspace
 from app.errors import MachineError, NumericsError
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ def choose_algorithms(config: ComputeConfig, device: torch.device) -> None:
     if device.type == "cpu":
         return
     if config.deterministic:
-        # Read by cuBLAS when it is used first; with its own choice several streams may share a workspace.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        fix_cublas_workspace()
         # What is not written is not read, and to fill it takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # With warnings in place of errors attention would keep the backward pass whose sums have no fixed order.
