@@ -47,8 +47,8 @@ COPY_CHUNK = 1 << 22
 RESUMABLE_AT_LEAST = 2
 """Different states of a stage that retention leaves, whatever the config asks for."""
 UNREADABLE_ZIP = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.error)
-"""What zipfile raises on damage; RuntimeError where a flipped bit says that a record is encrypted, or packed in a way
-that it does not know (NotImplementedError is one)."""
+"""What zipfile raises on damage; RuntimeError, or a kind of it, where a flipped bit says that a record is encrypted, or
+packed in a way that it does not know."""
 UNREADABLE_PAYLOAD = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError)
 
 
@@ -198,15 +198,14 @@ class CheckpointFolder:
         """
         lines = self._manifest.lines()
         known = {line["file"]: Counters(line["epochs"], line["step"]) for line in lines}
-        rolling = {(line["stage"], line["epochs"], line["step"]) for line in lines if line["kind"] == "last"}
+        rolling = {(line["stage"], Counters(line["epochs"], line["step"])) for line in lines if line["kind"] == "last"}
         for stage, kind, path in self.run_dir.checkpoints():
             counters = _read_counters(path)
             # A whole file that is further than its line says was written by lines that are lost: damage goes nowhere.
             lost = path.name not in known or counters > known[path.name]
-            if kind == "last_previous" and (stage, counters.epochs, counters.step) in rolling:
-                # It was written as `last`, and its line says so.
-                lost = False
-            if not lost or counters == UNREADABLE or _damaged_record(path) is not None:
+            # What was written as `last`, and moved, has a line that says so.
+            moved = kind == "last_previous" and (stage, counters) in rolling
+            if moved or not lost or counters == UNREADABLE or _damaged_record(path) is not None:
                 continue
             line = {"file": path.name, "stage": stage, "kind": kind, **asdict(counters)}
             found = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "state": "found", "time": time.time()}
